@@ -1,0 +1,1 @@
+"""The online look-up: match, read, stage. Knows neither HTTP nor sequences."""

@@ -1,0 +1,15 @@
+"""Errors of the online look-up.
+
+CacheError(SconeError)
+└── RowReadError        rows that could not be read: I/O error, short read, checksum
+"""
+
+from scone.kernels.errors import SconeError
+
+
+class CacheError(SconeError):
+    """Root of this floor's errors."""
+
+
+class RowReadError(CacheError):
+    """Rows that could not be read; fails the requests that need them, and only those."""

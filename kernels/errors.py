@@ -1,0 +1,13 @@
+"""The root of the error tree.
+
+    SconeError                  every error meant for a person: one sentence, no traceback needed
+    ├── model_store.errors      checkpoints, tokenizers, corpora, f-gram sets, tables
+    ├── cache.errors            look-up and row reads while serving
+    └── server.errors           requests and the engine
+
+A message says what was wrong, the value got, the value wanted, and which setting to change.
+"""
+
+
+class SconeError(Exception):
+    """An error whose message is written for the person who caused or must mend it."""

@@ -1,0 +1,1 @@
+"""What lies on disk, and the offline commands that make it. Knows neither requests nor devices."""

@@ -1,0 +1,1 @@
+"""The server: HTTP (`api`), the engine (`engine`) and the command line."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, schemas, SSE, keys, metrics. Knows no tensors."""

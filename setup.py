@@ -1,0 +1,40 @@
+"""Build of the native kernels (nanobind); everything else about the package is in pyproject.toml.
+
+The extension is optional: without a working C++ compiler the package installs all the same and runs
+on the NumPy/torch oracles.
+"""
+
+from pathlib import Path
+
+import nanobind
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+NANOBIND = Path(nanobind.source_dir()).parent
+
+setup(
+    ext_modules=[
+        Extension(
+            "scone.kernels._native",
+            # nanobind's own sources come as one file made for such builds
+            sources=[
+                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/native").glob("*.cpp")),
+                str(NANOBIND / "src/nb_combined.cpp"),
+            ],
+            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/native").glob("*.hpp")),
+            include_dirs=[nanobind.include_dir(), str(NANOBIND / "ext/robin_map/include"), "kernels/native"],
+            # No -march=native: one binary for all hosts, faster paths are chosen at run time.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-strict-aliasing",
+                "-ffp-contract=off",
+                "-pthread",
+                "-DNDEBUG",
+            ],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+)
