@@ -1,0 +1,100 @@
+"""The f-gram model A_fgram: a small transformer that turns an f-gram into its embedding row.
+
+Source: SCONE, arXiv 2502.01637, section 3: the main model's architecture without its token embedding,
+which it shares; own absolute positions; the output is taken at the last token.
+
+Here the output is added to the last token's own embedding through a projection that starts at zero, so
+that an untrained f-gram model is exactly the token embedding and a pretrained main model starts unharmed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from scone.model_store.decoder import Block, CausalAttention, Decoder, RMSNorm
+
+# Rows are embedded in blocks of exactly this many f-grams of one length, padded if need be: matrix
+# products of one shape give a row the same bits wherever it stands in the block.
+EMBED_BLOCK_ROWS = 256
+
+
+class FGramModel(nn.Module):
+    """Blocks of the main model's kind over at most `max_n` tokens.
+
+    The shared token embedding is borrowed from the decoder and is not among the parameters.
+    """
+
+    def __init__(
+        self, decoder: Decoder, num_layers: int, max_n: int, *, last_token_only: bool = False
+    ) -> None:
+        """`last_token_only` makes the control that sees no n-gram, only the token it replaces."""
+        super().__init__()
+        config = decoder.config
+        self.max_n = max_n
+        self.last_token_only = last_token_only
+        self._decoder = [decoder]  # in a list, so that its weights are not registered as ours
+        self.layers = nn.ModuleList(Block(config) for _ in range(num_layers))
+        self.position_embedding = nn.Parameter(torch.zeros(max_n, config.dim))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    @classmethod
+    def from_decoder(
+        cls, decoder: Decoder, num_layers: int, max_n: int, *, last_token_only: bool = False
+    ) -> FGramModel:
+        """An f-gram model that starts from the decoder's first layers and is the identity."""
+        model = cls(decoder, num_layers, max_n, last_token_only=last_token_only)
+        for own, theirs in zip(model.layers, decoder.layers, strict=False):
+            own.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        return model.float().requires_grad_(True)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder[0]
+
+    def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Rows (num_fgrams, dim) float32 of token_ids (num_fgrams, max_n) int64, left-aligned.
+
+        Entries past an f-gram's length (num_fgrams,) are never read. Differentiable.
+        """
+        if self.last_token_only:
+            token_ids = token_ids.gather(1, (lengths - 1).unsqueeze(1))
+            lengths = torch.ones_like(lengths)
+        rows = self.decoder.embed(token_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)).float()
+        for n, of_length in self._by_length(lengths):  # so that no padding is computed
+            rows = rows.index_add(0, of_length, self._change(token_ids[of_length, :n]))
+        return rows
+
+    def _change(self, token_ids: Tensor) -> Tensor:
+        """What is added to the last token's embedding, for f-grams (m, n) of one length."""
+        n = token_ids.shape[1]
+        hidden = self.decoder.embed(token_ids).float() + self.position_embedding[:n]
+        rope = self.decoder.rope(torch.arange(n, device=token_ids.device))
+        for layer_id, block in enumerate(self.layers):
+            hidden = block(hidden, rope, layer_id, CausalAttention())
+        change: Tensor = self.output(self.norm(hidden[:, -1]))
+        return change
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`forward` in blocks of one shape: a row's bits depend on its f-gram alone."""
+        rows = torch.empty(len(lengths), self.position_embedding.shape[1])
+        for n, of_length in self._by_length(lengths):
+            ends = torch.full((EMBED_BLOCK_ROWS,), n)
+            for selected in torch.split(of_length, EMBED_BLOCK_ROWS):
+                block = torch.zeros(EMBED_BLOCK_ROWS, n, dtype=torch.int64)
+                block[: len(selected)] = token_ids[selected, :n]
+                rows[selected] = self(block, ends)[: len(selected)]
+        return rows
+
+    def _by_length(self, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each length that occurs, with the indices of the f-grams that have it."""
+        for n in range(1, self.max_n + 1):
+            of_length = (lengths == n).nonzero().squeeze(1)
+            if len(of_length):
+                yield n, of_length

@@ -1,0 +1,159 @@
+"""A Hugging Face model folder as a checkpoint: config.json, *.safetensors, tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scone.model_store.errors import CheckpointError
+from scone.model_store.model_config import ModelConfig
+from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm2")
+
+RENAMES = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+class HFFolder:
+    """One model folder. Raises CheckpointError, naming the file, if a part is missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._raw = self._read_json("config.json")
+        self.family = str(self._raw.get("model_type"))
+        if self.family not in FAMILIES:
+            raise CheckpointError(
+                f"{path}/config.json: model_type is {self.family!r}, wanted one of {', '.join(FAMILIES)}"
+            )
+        self._weight_files = self._find_weight_files()
+        self._names = {name for file in self._weight_files for name in self._open(file).keys()}  # noqa: SIM118
+
+    def _read_json(self, name: str, required: bool = True) -> dict[str, Any]:
+        file = self.path / name
+        if not file.exists() and not required:
+            return {}
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} holds a {type(content).__name__}, wanted an object")
+        return content
+
+    def _find_weight_files(self) -> list[Path]:
+        index = self._read_json("model.safetensors.index.json", required=False)
+        if index:
+            files = [self.path / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks the weight files {missing} that its index names")
+        if not files:
+            raise CheckpointError(f"{self.path} holds no *.safetensors file")
+        return files
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}; "
+                "is it a Git LFS pointer or a download that was cut?"
+            ) from None
+
+    @property
+    def config(self) -> ModelConfig:
+        raw, heads = self._raw, int(self._require("num_attention_heads"))
+        rope = raw.get("rope_parameters") or {}  # transformers >= 5 keeps all rope settings here
+        scaling = rope if rope.get("rope_type", "default") != "default" else raw.get("rope_scaling")
+        max_position = int(self._require("max_position_embeddings"))
+        if raw.get("sliding_window") and raw.get("use_sliding_window", self.family == "mistral"):
+            # Full attention equals windowed attention up to the window's length, and only there.
+            max_position = min(max_position, int(raw["sliding_window"]))
+        return ModelConfig(
+            architecture=self.family,
+            vocab_size=int(self._require("vocab_size")),
+            dim=int(self._require("hidden_size")),
+            num_layers=int(self._require("num_hidden_layers")),
+            num_heads=heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or int(self._require("hidden_size")) // heads),
+            ffn_dim=int(self._require("intermediate_size")),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            max_position=max_position,
+            tied_head="lm_head.weight" not in self._names or bool(raw.get("tie_word_embeddings", False)),
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in self._names,
+            output_bias="model.layers.0.self_attn.o_proj.bias" in self._names,
+            mlp_bias="model.layers.0.mlp.up_proj.bias" in self._names,
+            qk_norm="model.layers.0.self_attn.q_norm.weight" in self._names,
+            eos_ids=self._eos_ids(),
+        )
+
+    def _require(self, key: str) -> Any:
+        if key not in self._raw:
+            raise CheckpointError(f"{self.path}/config.json lacks the key {key!r}")
+        return self._raw[key]
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        declared = self._read_json("generation_config.json", required=False).get("eos_token_id")
+        if declared is None:
+            declared = self._raw.get("eos_token_id")
+        if declared is None:
+            return ()
+        return tuple(declared) if isinstance(declared, list) else (int(declared),)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight as stored, under the decoder's own names, one at a time."""
+        tied = self.config.tied_head
+        for file in self._weight_files:
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    if (name == "lm_head.weight" and tied) or name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    yield _decoder_name(name), opened.get_tensor(name)
+
+    def content_hash(self) -> str:
+        """SHA-256 over config.json and the weight files."""
+        total = hashlib.sha256()
+        for file in [self.path / "config.json", *self._weight_files]:
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            total.update(f"{file.name} {digest}\n".encode())
+        return total.hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json and tokenizer_config.json."""
+        settings = self._read_json("tokenizer_config.json", required=False)
+        template_file = self.path / "chat_template.jinja"
+        template = template_file.read_text() if template_file.exists() else settings.get("chat_template")
+        return tokenizer_from_file(
+            self.path / "tokenizer.json",
+            bos_token=_token_text(settings.get("bos_token")),
+            eos_ids=self._eos_ids(),
+            chat_template=template if isinstance(template, str) else None,
+        )
+
+
+def _token_text(declared: Any) -> str | None:
+    """`bos_token` is stored as text or as an object with the text in `content`."""
+    return declared.get("content") if isinstance(declared, dict) else declared
+
+
+def _decoder_name(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.q_proj.weight`."""
+    parts = [RENAMES.get(p, p) for p in name.split(".") if p not in {"model", "self_attn", "mlp"}]
+    return ".".join(parts)
