@@ -22,7 +22,7 @@ TABLE ?= $(DEMO_TABLE)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy check bench docker-lint links clean
+.PHONY: help install serve test test-heavy check bench docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -49,8 +49,10 @@ bench: $(VENV)/.run $(DEMO_GGUF) $(DEMO_TABLE)/manifest.json ## run every benchm
 	@for what in lookup prefill decode build count; do echo "==> scone bench $$what"; \
 	  $(BIN)/scone bench $$what --model $(DEMO_MODEL) --table $(DEMO_TABLE) || exit 1; done
 
-docker-lint: $(VENV)/.test ## check the Dockerfile
-	$(BIN)/hadolint --config docker/.hadolint.yaml docker/Dockerfile
+docker-lint: $(VENV)/.test $(VENV)/bin/promtool ## check the image, the compose file and the monitoring
+	$(BIN)/python -m pytest -q tests/test_docker.py
+
+promtool: $(VENV)/bin/promtool ## fetch Prometheus' checker (Debian), which the tests use if it is there
 
 links: ## the tree through which type checkers see the folders as scone.*
 	@mkdir -p .types/scone && for d in $(FLOORS); do ln -sfn ../../$$d .types/scone/$$d; done
@@ -80,6 +82,12 @@ $(VENV)/.test: $(VENV)/.torch $(BUILD)
 	@$(PIP) --editable '.[test]'
 	@touch $(VENV)/.run $@
 
+$(VENV)/bin/promtool: | $(VENV)/.python
+	@echo "==> fetching promtool"
+	@rm -rf build/promtool && mkdir -p build/promtool
+	@cd build/promtool && { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; }; }
+	@dpkg-deb --extract build/promtool/prometheus_*.deb build/promtool && cp build/promtool/usr/bin/promtool $@
+
 $(DEMO_GGUF): | $(VENV)/.run
 	@echo "==> fetching the demo model (98 MB)"
 	@$(BIN)/python -m scone.model_store.fetch_demo $@
@@ -87,4 +95,4 @@ $(DEMO_GGUF): | $(VENV)/.run
 $(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) | $(DEMO_GGUF)
 	@echo "==> building the demo table (a minute or two)"
 	@rm -rf $(DEMO_TABLE) # of an older checkpoint
-	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(DEMO_MODEL)/demo.fgrams --backend mmap --codec raw --out $(DEMO_TABLE)
+	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(wildcard $(DEMO_MODEL)/*.fgrams) --backend mmap --codec raw --out $(DEMO_TABLE)
