@@ -1,0 +1,268 @@
+"""The engine's door: thread-safe submission and abortion around a single engine thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scone.model_store.decoder import Decoder
+from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.engine_core import EngineCore
+from scone.server.engine.generation import OnDelta, RequestRun
+from scone.server.engine.input_rows import InputRows, Matcher, RowSource
+from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.observer import EngineObserver, SilentObserver
+from scone.server.errors import InvalidRequestError, UnavailableError
+from scone.server.sequence import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+STARVED_WAIT_SECONDS = 0.0005
+"""How often the engine looks again when every sequence waits for rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot.
+
+    Attributes:
+        num_running, num_waiting: sequences; a request with n > 1 counts once until its prompt is done.
+        last_step_monotonic: when the engine last ended a step or had nothing to do, `time.monotonic()`.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_queued_tokens: int
+    kv_cache_usage: float
+    num_kv_blocks: int
+    has_work: bool
+    last_step_monotonic: float
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    >>> engine = Engine(config, decoder, tokenizer, None, model_hash)
+    >>> engine.start()
+    >>> engine.submit(GenerationRequest(request_id="a", input_ids=(1, 2)), on_delta=print)
+    >>> engine.shutdown(timeout_seconds=10)
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        table: Matcher | None,
+        model_hash: str,
+        *,
+        row_source: RowSource | None = None,
+        table_id: str = "",
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self.config = config
+        self._vocab_size = decoder.config.vocab_size
+        self._core = EngineCore(
+            config, ModelRunner(decoder, config), tokenizer, model_hash, observer or SilentObserver()
+        )
+        assert (table is None) == (row_source is None)
+        self._input_rows = None if table is None or row_source is None else InputRows(table, row_source)
+        self._table_id = table_id
+        self._changed = threading.Condition()
+        # All below is guarded by _changed.
+        self._commands: deque[Callable[[], None]] = deque()
+        self._queued: dict[str, RequestRun] = {}
+        self._open: dict[str, RequestRun] = {}
+        self._num_queued_tokens = 0
+        self._num_arrivals = 0
+        self._is_draining = False
+        self._is_stopping = False
+        self._last_step = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def observer(self) -> EngineObserver:
+        return self._core.observer
+
+    @observer.setter
+    def observer(self, observer: EngineObserver) -> None:
+        """Set it before `start`."""
+        self._core.observer = observer
+
+    def start(self) -> None:
+        """Starts the engine thread."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_delta: OnDelta) -> None:
+        """Admits a request; `on_delta` is called on the engine thread and must be quick.
+
+        Raises:
+            InvalidRequestError: the request can never be served.
+            UnavailableError: `queue_full` or `shutting_down`.
+        """
+        self.submit_batch([(request, on_delta)])
+
+    def submit_batch(self, batch: Sequence[tuple[GenerationRequest, OnDelta]]) -> None:
+        """Admits all of the requests or none; raises as `submit` does."""
+        for request, _ in batch:
+            self._check(request)
+        num_tokens = sum(len(request.input_ids) for request, _ in batch)
+        with self._changed:
+            self._check_room(len(batch), num_tokens, {request.request_id for request, _ in batch})
+            now = time.monotonic()
+            for request, on_delta in batch:
+                run = RequestRun(
+                    request=request,
+                    on_delta=on_delta,
+                    arrival=self._num_arrivals,
+                    submitted_at=now,
+                    input_rows=self._input_rows,
+                )
+                self._num_arrivals += 1
+                self._queued[request.request_id] = self._open[request.request_id] = run
+                self._commands.append(lambda run=run, table_id=self._table_id: self._core.add(run, table_id))  # type: ignore[misc]
+            self._num_queued_tokens += num_tokens
+            self._changed.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in any state with a last delta per open sequence; unknown ids are ignored."""
+        with self._changed:
+            run = self._open.get(request_id)
+            if run is not None:
+                self._commands.append(lambda: self._core.abort(run))
+                self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Admits nothing more; what is admitted goes on."""
+        with self._changed:
+            self._is_draining = True
+
+    def shutdown(self, timeout_seconds: float) -> bool:
+        """Drains, aborts what is left after `timeout_seconds`, ends the thread; true if nothing was left."""
+        self.drain()
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            drained = self._changed.wait_for(
+                lambda: not self._open or not self.is_alive(), deadline - time.monotonic()
+            )
+            for run in list(self._open.values()):
+                self._commands.append(lambda run=run: self._core.abort(run))  # type: ignore[misc]
+            self._is_stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+        return drained
+
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        """May be called from any thread."""
+        state = self._core.state
+        with self._changed:
+            return EngineStats(
+                num_running=len(state.running),
+                num_waiting=len(state.waiting),
+                num_queued_tokens=self._num_queued_tokens,
+                kv_cache_usage=1 - state.pool.num_free / state.pool.num_blocks,
+                num_kv_blocks=state.pool.num_blocks,
+                has_work=bool(self._open),
+                last_step_monotonic=self._last_step,
+            )
+
+    # -- admission -----------------------------------------------------------------------------
+
+    def _check(self, request: GenerationRequest) -> None:
+        """What must hold or the engine itself would suffer; finer checks are the caller's."""
+        ids = request.input_ids
+        longest = self.config.max_model_len
+        if not ids:
+            raise InvalidRequestError("the prompt is empty, wanted at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id is {wrong}, wanted 0 <= id < {self._vocab_size}", param="prompt"
+            )
+        # A full-length prompt can be scored but not continued.
+        if len(ids) + min(1, request.sampling.max_tokens) > longest:
+            raise InvalidRequestError(
+                f"the prompt has {len(ids)} tokens, but the longest context here is {longest} "
+                "(prompt and completion)",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        sampling = request.sampling
+        for name, token_ids in (
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocab_size:
+                    raise InvalidRequestError(
+                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._vocab_size}", param=name
+                    )
+
+    def _check_room(self, num_requests: int, num_tokens: int, request_ids: set[str]) -> None:
+        if self._is_draining or not self.is_alive():
+            raise UnavailableError("the engine is shutting down", code="shutting_down")
+        duplicates = sorted(request_ids & self._open.keys())
+        if duplicates or len(request_ids) != num_requests:
+            raise InvalidRequestError(f"a request with id {(duplicates or ['given twice'])[0]} is under way")
+        if len(self._queued) + num_requests > self.config.max_num_queued_reqs:
+            raise UnavailableError(
+                f"{len(self._queued)} requests are queued, at most {self.config.max_num_queued_reqs} may be "
+                "(max_num_queued_reqs)",
+                code="queue_full",
+            )
+        if self._num_queued_tokens + num_tokens > self.config.max_num_queued_tokens:
+            raise UnavailableError(
+                f"{self._num_queued_tokens} prompt tokens are queued, at most "
+                f"{self.config.max_num_queued_tokens} may be (max_num_queued_tokens)",
+                code="queue_full",
+            )
+
+    # -- the engine thread ---------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            progressed = True
+            while True:
+                with self._changed:
+                    if not self._commands and not progressed:
+                        waiting = STARVED_WAIT_SECONDS if self._core.has_work else None
+                        self._last_step = time.monotonic()
+                        if self._is_stopping and not self._core.has_work:
+                            return
+                        self._changed.wait(waiting)
+                    commands, self._commands = self._commands, deque()
+                    self._last_step = time.monotonic()
+                for command in commands:
+                    command()
+                progressed = self._core.has_work and self._core.step()
+                self._forget_settled()
+        except BaseException:
+            logger.critical("the engine thread died", exc_info=True)
+            raise
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _forget_settled(self) -> None:
+        """Takes started requests off the queue's count and ended ones off the books."""
+        with self._changed:
+            for request_id, run in list(self._queued.items()):
+                if run.started_at is not None or run.is_over:
+                    del self._queued[request_id]
+                    self._num_queued_tokens -= len(run.request.input_ids)
+            ended = [request_id for request_id, run in self._open.items() if run.is_over]
+            for request_id in ended:
+                del self._open[request_id]
+            if ended and not self._open:
+                self._changed.notify_all()

@@ -1,0 +1,54 @@
+"""Limits and choices of the engine; the settings of `scone serve` that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Quantization = Literal["none", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Checked at construction: ValueError names the setting.
+
+    Attributes:
+        max_model_len: longest prompt plus completion, in tokens.
+        max_num_seqs: sequences that share one step.
+        max_num_batched_tokens: tokens that one step computes; longer prompts are cut into chunks.
+        block_size: tokens per KV block, the unit of allocation and of prefix reuse.
+        kv_cache_bytes: memory for keys and values.
+        max_num_queued_reqs, max_num_queued_tokens: admitted requests (prompt tokens) not yet started;
+            past either, `submit` answers `queue_full`.
+        max_num_staged_tokens: prompt tokens of waiting requests whose rows may be read ahead.
+        enable_prefix_caching: reuse KV blocks of equal prefixes.
+    """
+
+    max_model_len: int = 2048
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_bytes: int = 1 << 30
+    max_num_queued_reqs: int = 512
+    max_num_queued_tokens: int = 1 << 20
+    max_num_staged_tokens: int = 16384
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_bytes",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
+            "max_num_staged_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, "
+                f"wanted at least max_num_seqs ({self.max_num_seqs})"
+            )

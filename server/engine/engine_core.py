@@ -1,0 +1,394 @@
+"""One step after the other: schedule, prepare inputs, forward, sample, match, deliver.
+
+Single-threaded and without a clock of its own to obey: `Engine` runs it on a thread, tests step it.
+What goes wrong with one request (rows that cannot be read, logits that are not finite, a callback
+that raises) ends that request alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scone.cache.errors import RowReadError
+from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine import scheduler
+from scone.server.engine.detokenizer import Detokenizer, TokenBytes
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.generation import Generation, RequestRun
+from scone.server.engine.input_rows import InputRows
+from scone.server.engine.kv_blocks import BlockPool
+from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.observer import EngineObserver, StepStats
+from scone.server.engine.prefix_cache import root_hash
+from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
+from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState, Status
+from scone.server.sequence import Delta, FinishReason
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGITS_ROWS = 64
+"""Prompt positions whose logits are held at once: 64 x 49152 x 4 bytes are 12 MiB."""
+
+
+class EngineCore:
+    """All requests under way, and the step that advances them."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        model_hash: str,
+        observer: EngineObserver,
+    ) -> None:
+        self.config = config
+        self.observer = observer
+        self._runner = runner
+        self._token_bytes = TokenBytes(tokenizer)
+        self._tokenizer = tokenizer
+        self._model_hash = model_hash
+        self.state = SchedulerState(
+            pool=BlockPool(runner.num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+        )
+        self._generations: dict[scheduler.Sequence, Generation] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations)
+
+    def add(self, run: RequestRun, table_id: str) -> None:
+        """Queues a request: matches its prompt and begins to read its rows."""
+        request = run.request
+        if request.sampling.prompt_logprobs is not None:
+            run.prompt_logprobs = [None] * len(request.input_ids)
+        root = b""
+        if self.config.enable_prefix_caching:
+            root = root_hash(self._model_hash, self._tokenizer.hash, table_id, request.cache_salt)
+        seq = scheduler.Sequence(
+            arrival=run.arrival,
+            index=0,
+            token_ids=list(request.input_ids),
+            root_hash=root,
+            reuse_prefix=run.prompt_logprobs is None,
+        )
+        generation = self._begin(run, seq)
+        scheduler.add(self.state, seq)
+        if run.input_rows is not None:
+            try:
+                generation.rows = run.input_rows.match(request.input_ids)
+            except Exception:
+                logger.exception("request %s: its prompt cannot be matched", request.request_id)
+                self._fail(generation, "internal error while matching the prompt")
+
+    def abort(self, run: RequestRun) -> None:
+        """Ends a request in whatever state; its sequences get a last delta with reason `abort`."""
+        self._end(run, "abort")
+
+    def step(self) -> bool:
+        """Advances whatever can be; false if nothing could, for want of requests or of rows."""
+        began = time.monotonic()
+        self._stage_waiting()
+        self._poll_rows()
+        schedule = scheduler.schedule(self.state)
+        self._settle(schedule)
+        chunks = schedule.chunks
+        if chunks:
+            try:
+                with torch.inference_mode():
+                    self._advance(chunks)
+            except Exception:
+                logger.exception("a step over %d sequences failed; they are ended", len(chunks))
+                for chunk in chunks:
+                    self._fail(self._generations.get(chunk.seq), "internal error while computing this step")
+        self._report(schedule, time.monotonic() - began)
+        return bool(chunks)
+
+    # -- before the forward pass ---------------------------------------------------------------
+
+    def _stage_waiting(self) -> None:
+        """Issues the reads of waiting requests, oldest first, within `max_num_staged_tokens`."""
+        num_staged = 0
+        for seq in list(self.state.waiting):
+            num_staged += len(seq.token_ids)
+            generation = self._generations[seq]
+            if generation.rows is not None and not generation.rows.spans:
+                cached = scheduler.cached_blocks(self.state, seq)
+                self._stage(generation, len(cached) * self.config.block_size)
+            if num_staged >= self.config.max_num_staged_tokens:
+                return
+
+    def _stage(self, generation: Generation, start: int) -> None:
+        if generation.rows is not None and generation.run.input_rows is not None:
+            try:
+                generation.run.input_rows.stage(generation.rows, start)
+            except Exception:
+                logger.exception(
+                    "request %s: its rows cannot be asked for", generation.run.request.request_id
+                )
+                self._fail(generation, "internal error while asking for f-gram rows")
+
+    def _poll_rows(self) -> None:
+        for seq, generation in self._generations.items():
+            if generation.rows is None:
+                seq.ready_from, seq.ready_to = 0, len(seq.token_ids)
+            else:
+                seq.ready_from, seq.ready_to = generation.rows.ready_range()
+
+    def _settle(self, schedule: Schedule) -> None:
+        """Follows up what the scheduler decided: reads to give up, reads to issue, times to note."""
+        now = time.monotonic()
+        for seq in schedule.preempted:
+            rows = self._generations[seq].rows
+            if rows is not None:
+                rows.cancel()
+        for seq in schedule.starved:
+            generation = self._generations[seq]
+            if generation.starved_since is None:
+                generation.starved_since = now
+            self._stage(generation, seq.num_computed_tokens)
+        for chunk in schedule.chunks:
+            generation = self._generations[chunk.seq]
+            if generation.run.started_at is None:
+                generation.run.started_at = now
+            if generation.starved_since is not None:
+                self.observer.on_rows_waited(now - generation.starved_since)
+                generation.starved_since = None
+
+    def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
+        while chunks:
+            embeddings = self._runner.embed(chunks)
+            if not any(self._generations[c.seq].rows for c in chunks):
+                return chunks, embeddings
+            parts = torch.split(embeddings, [c.num_tokens for c in chunks])
+            failed = False
+            for chunk, part in zip(chunks, parts, strict=True):
+                generation = self._generations[chunk.seq]
+                if generation.rows is None or generation.run.input_rows is None:
+                    continue
+                try:
+                    generation.run.input_rows.write(generation.rows, chunk.start, part)
+                except RowReadError as error:
+                    failed = True
+                    self._fail(generation, str(error))
+            if not failed:
+                return chunks, embeddings
+            chunks = [c for c in chunks if c.seq.status is Status.RUNNING]
+        return [], torch.empty(0)
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def _advance(self, chunks: list[Chunk]) -> None:
+        chunks, embeddings = self._embed(chunks)
+        if not chunks:
+            return
+        hidden = self._runner.forward(chunks, embeddings)
+        parts = torch.split(hidden, [c.num_tokens for c in chunks])
+        sampling: list[tuple[Generation, Tensor]] = []
+        for chunk, part in zip(chunks, parts, strict=True):
+            generation = self._generations[chunk.seq]
+            scheduler.commit(self.state, chunk)
+            if generation.rows is not None:
+                generation.rows.drop_before(chunk.seq.num_computed_tokens)
+            if generation.needs_prompt_logits:
+                self._score_prompt(generation, chunk, part)
+            if chunk.reaches_end:
+                sampling += [(g, part[-1]) for g in self._fork(generation)]
+        self._sample(sampling)
+
+    def _score_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
+        """Fills in the log-probabilities of prompt tokens that follow the chunk's positions."""
+        run = generation.run
+        assert run.prompt_logprobs is not None
+        num_top = run.request.sampling.prompt_logprobs or 0
+        targets = run.request.input_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+        for begin in range(0, len(targets), PROMPT_LOGITS_ROWS):
+            ids = targets[begin : begin + PROMPT_LOGITS_ROWS]
+            logits = self._runner.logits(hidden[begin : begin + len(ids)])
+            first = chunk.start + 1 + begin
+            run.prompt_logprobs[first : first + len(ids)] = token_logprobs(logits, ids, [num_top] * len(ids))
+
+    def _fork(self, generation: Generation) -> list[Generation]:
+        """The sequences to sample from this one's logits: itself and, the first time, its siblings."""
+        run = generation.run
+        generation.seq.reuse_prefix = True  # the prompt is scored: from now on cached blocks will do
+        if len(run.generations) == run.request.n:
+            return [generation]
+        started = [generation]
+        copies: list[tuple[int, int]] = []
+        for index in range(1, run.request.n):
+            seq = scheduler.Sequence(
+                arrival=run.arrival,
+                index=index,
+                token_ids=list(run.request.input_ids),
+                root_hash=generation.seq.root_hash,
+                num_cached_tokens=generation.seq.num_cached_tokens,
+            )
+            sibling = self._begin(run, seq)
+            sibling.rows = None if generation.rows is None else generation.rows.fork()
+            blocks = scheduler.fork(self.state, generation.seq, seq)
+            if blocks is not None:
+                copies += blocks
+                started.append(sibling)
+        self._runner.copy_blocks(copies)
+        return started
+
+    def _sample(self, sampling: list[tuple[Generation, Tensor]]) -> None:
+        finished: list[tuple[Generation, Delta]] = []
+        deltas: list[tuple[Generation, Delta]] = []
+        wanted = []
+        for generation, hidden in sampling:
+            if generation.run.request.sampling.max_tokens == 0:
+                finished.append((generation, generation.delta(reason="length")))
+            else:
+                wanted.append((generation, hidden))
+        tokens = self._sample_tokens(wanted)
+        now = time.monotonic()
+        for (generation, _), token in zip(wanted, tokens, strict=True):
+            if token.token_id is None and generation.seq in self._generations:
+                self._fail(generation, "the model's output is not finite", forget=True)
+        for (generation, _), token in zip(wanted, tokens, strict=True):
+            if generation.seq in self._generations:  # neither it nor a sibling has failed
+                self._note_token_time(generation, now)
+                delta = generation.accept(token)
+                (deltas if delta.finish_reason is None else finished).append((generation, delta))
+        # The reads are issued first: they go on while the deltas are delivered.
+        self._extend_rows([g for g, _ in deltas])
+        for generation, delta in finished:
+            if generation.seq in self._generations:
+                self._close(generation)
+                self._finish(generation, delta)
+        for generation, delta in deltas:
+            if generation.seq in self._generations:  # no receiver of a sibling has failed
+                self._deliver(generation, delta)
+
+    def _sample_tokens(self, wanted: Sequence[tuple[Generation, Tensor]]) -> list[SampledToken]:
+        if not wanted:
+            return []
+        restricted = [g.run.request.sampling.allowed_token_ids for g, _ in wanted]
+        hidden = torch.stack([h for _, h in wanted])
+        if not any(restricted):
+            logits = self._runner.logits(hidden)
+        else:
+            rows = [i for i, ids in enumerate(restricted) if ids is None]
+            logits = torch.empty(len(wanted), self._runner.vocab_size)
+            if rows:
+                logits[rows] = self._runner.logits(hidden[rows])
+            for i, ids in enumerate(restricted):
+                if ids is not None:
+                    logits[i] = self._runner.logits_of(hidden[i : i + 1], ids)[0]
+        return sample(logits, [g.sampler for g, _ in wanted])
+
+    def _extend_rows(self, generations: Sequence[Generation]) -> None:
+        """Matches the newest tokens and asks for their rows: one match and one read per table."""
+        by_table: dict[InputRows, list[Generation]] = {}
+        for generation in generations:
+            if generation.run.input_rows is not None:
+                by_table.setdefault(generation.run.input_rows, []).append(generation)
+        for table, group in by_table.items():
+            table.extend([(g.rows, g.seq.token_ids) for g in group if g.rows is not None])
+
+    # -- ends ----------------------------------------------------------------------------------
+
+    def _fail(self, generation: Generation | None, message: str, *, forget: bool = False) -> None:
+        """Ends the whole request of a sequence with an error."""
+        if generation is not None:
+            self._end(generation.run, "error", message, forget=forget)
+
+    def _end(
+        self, run: RequestRun, reason: FinishReason, error: str | None = None, *, forget: bool = False
+    ) -> None:
+        """Ends all open sequences of a request, also those that have not begun."""
+        for index in range(len(run.generations), run.request.n):
+            seq = scheduler.Sequence(
+                arrival=run.arrival,
+                index=index,
+                token_ids=list(run.request.input_ids),
+                status=Status.FINISHED,
+            )
+            self._begin(run, seq)
+        for generation in run.generations:
+            if generation.seq in self._generations:
+                self._close(generation, forget=forget)
+                self._finish(generation, generation.delta(reason=reason, error=error))
+
+    def _close(self, generation: Generation, *, forget: bool = False) -> None:
+        """Gives back everything a sequence holds."""
+        del self._generations[generation.seq]
+        if generation.rows is not None:
+            generation.rows.cancel()
+        if generation.seq.status is not Status.FINISHED:
+            scheduler.finish(self.state, generation.seq, forget=forget)
+
+    def _finish(self, generation: Generation, delta: Delta) -> None:
+        assert delta.finish_reason is not None
+        assert delta.usage is not None
+        run = generation.run
+        run.num_open -= 1
+        seconds = time.monotonic() - run.submitted_at
+        self.observer.on_sequence_finished(run.request, delta.finish_reason, delta.usage, seconds)
+        self._deliver(generation, delta)
+
+    def _deliver(self, generation: Generation, delta: Delta) -> None:
+        try:
+            generation.run.on_delta(delta)
+        except Exception:
+            logger.exception("request %s: its receiver failed", generation.run.request.request_id)
+            if delta.finish_reason is None:
+                self._end(generation.run, "abort")
+
+    # -- small parts ---------------------------------------------------------------------------
+
+    def _begin(self, run: RequestRun, seq: scheduler.Sequence) -> Generation:
+        params = run.request.sampling
+        generation = Generation(
+            run=run,
+            seq=seq,
+            sampler=SamplerState(params, seq.index, run.request.input_ids, self._tokenizer.eos_ids),
+            detokenizer=Detokenizer(
+                self._token_bytes,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            eos_ids=self._tokenizer.eos_ids,
+            max_model_len=self.config.max_model_len,
+        )
+        run.generations.append(generation)
+        self._generations[seq] = generation
+        return generation
+
+    def _note_token_time(self, generation: Generation, now: float) -> None:
+        if generation.first_token_at is None:
+            generation.first_token_at = now
+            self.observer.on_first_token(generation.run.request, now - generation.run.submitted_at)
+        else:
+            self.observer.on_token(now - generation.last_token_at)
+        generation.last_token_at = now
+
+    def _report(self, schedule: Schedule, seconds: float) -> None:
+        if not schedule.chunks and not schedule.preempted:
+            return
+        num_decode = sum(c.num_tokens == 1 for c in schedule.chunks)
+        pool = self.state.pool
+        self.observer.on_step(
+            StepStats(
+                num_prefill_tokens=sum(c.num_tokens for c in schedule.chunks) - num_decode,
+                num_decode_tokens=num_decode,
+                num_running=len(self.state.running),
+                num_waiting=len(self.state.waiting),
+                kv_cache_usage=1 - pool.num_free / pool.num_blocks,
+                seconds=seconds,
+                num_prefix_queries=schedule.num_prefix_queries,
+                num_prefix_hits=schedule.num_prefix_hits,
+                num_preempted=len(schedule.preempted),
+            )
+        )

@@ -1,0 +1,138 @@
+"""A request under way: its sequences, what each has generated, and when each ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from scone.server.engine import scheduler
+from scone.server.engine.detokenizer import Detokenizer
+from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.sampler import SampledToken, SamplerState
+from scone.server.sequence import Delta, FinishReason, GenerationRequest, RequestUsage, TokenLogprob
+
+OnDelta = Callable[[Delta], None]
+
+
+@dataclass(eq=False, slots=True)
+class RequestRun:
+    """One request: what its sequences share.
+
+    Attributes:
+        input_rows: the table generation it began with and keeps; None without a table.
+        prompt_logprobs: by prompt position, filled while the prompt is computed; None if not wanted.
+        generations: the sequences that have begun; the first one computes the prompt for all `n`.
+        num_open: sequences that have not had their last delta.
+    """
+
+    request: GenerationRequest
+    on_delta: OnDelta
+    arrival: int
+    submitted_at: float
+    input_rows: InputRows | None
+    started_at: float | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    generations: list[Generation] = field(default_factory=list)
+    num_open: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_open = self.request.n
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every sequence has had its last delta."""
+        return self.num_open == 0
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One sequence of a request."""
+
+    run: RequestRun
+    seq: scheduler.Sequence
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    eos_ids: Sequence[int]
+    max_model_len: int
+    rows: SequenceRows | None = None
+    num_generated: int = 0
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    starved_since: float | None = None
+    is_first_delta: bool = True
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether prompt positions are still to be scored, so that none may come from the cache."""
+        return self.run.prompt_logprobs is not None and self.num_generated == 0 and self.seq.index == 0
+
+    def accept(self, token: SampledToken) -> Delta:
+        """Appends a sampled token; the delta has a finish reason if it was the last one."""
+        assert token.token_id is not None
+        params = self.run.request.sampling
+        token_id = token.token_id
+        self.seq.token_ids.append(token_id)
+        self.sampler.append(token_id)
+        self.num_generated += 1
+        is_eos = token_id in self.eos_ids and not params.ignore_eos
+        is_stop = token_id in params.stop_token_ids
+        may_stop = self.num_generated >= params.min_tokens
+        if (is_eos or is_stop) and not params.include_stop_str_in_output:
+            text = ""
+        else:
+            text = self.detokenizer.append(token_id, may_stop=may_stop)
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if self.detokenizer.stop_string is not None:
+            reason, stop_reason = "stop", self.detokenizer.stop_string
+        elif is_eos or is_stop:
+            reason, stop_reason = "stop", token_id if is_stop else None
+        elif self.num_generated >= params.max_tokens or len(self.seq.token_ids) >= self.max_model_len:
+            reason = "length"
+        if reason is not None:
+            text += self.detokenizer.finish()
+        logprobs = None if token.logprob is None else (token.logprob,)
+        return self.delta(text, (token_id,), logprobs, reason, stop_reason)
+
+    def delta(
+        self,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> Delta:
+        """The sequence's next delta; the first carries the prompt's log-probabilities, the last the usage."""
+        prompt_logprobs = None
+        if self.is_first_delta and self.run.prompt_logprobs is not None and error is None:
+            prompt_logprobs = tuple(self.run.prompt_logprobs)
+        self.is_first_delta = False
+        return Delta(
+            index=self.seq.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            usage=None if reason is None else self.usage(),
+            error=error,
+        )
+
+    def usage(self) -> RequestUsage:
+        """What the sequence has cost so far."""
+        run, rows, table = self.run, self.rows, self.run.input_rows
+        num_inputs = len(run.request.input_ids) + max(0, self.num_generated - 1)
+        started_at = run.started_at if run.started_at is not None else time.monotonic()
+        first_at = self.first_token_at
+        return RequestUsage(
+            num_prompt_tokens=len(run.request.input_ids),
+            num_generated_tokens=self.num_generated,
+            num_cached_tokens=min(self.seq.num_cached_tokens, len(run.request.input_ids)),
+            num_matched_tokens=0 if rows is None else rows.num_matched(num_inputs),
+            rows_by_tier={} if rows is None or table is None else table.count_tiers(rows, num_inputs),
+            queue_seconds=started_at - run.submitted_at,
+            time_to_first_token_seconds=0.0 if first_at is None else first_at - run.submitted_at,
+        )

@@ -1,0 +1,64 @@
+"""What the engine tells whoever counts: metrics, logs, tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from scone.server.sequence import FinishReason, GenerationRequest, RequestUsage
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step: what it computed, and what the engine holds after it."""
+
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    seconds: float
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_preempted: int
+
+
+class EngineObserver(Protocol):
+    """Called on the engine thread; must be quick and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
+        """Once a sequence; seconds since the request was submitted."""
+
+    def on_token(self, seconds: float) -> None:
+        """Each later token; seconds since the sequence's last one."""
+
+    def on_rows_waited(self, seconds: float) -> None:
+        """A sequence could have run but for its rows, for so long."""
+
+    def on_sequence_finished(
+        self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
+    ) -> None:
+        """Seconds since the request was submitted."""
+
+
+class SilentObserver:
+    """An observer that takes no notice."""
+
+    def on_step(self, stats: StepStats) -> None:
+        pass
+
+    def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
+        pass
+
+    def on_token(self, seconds: float) -> None:
+        pass
+
+    def on_rows_waited(self, seconds: float) -> None:
+        pass
+
+    def on_sequence_finished(
+        self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
+    ) -> None:
+        pass

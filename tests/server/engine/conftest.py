@@ -1,0 +1,224 @@
+"""A small world for the engine: byte tokenizer, table in a dict, slow reads on demand, a naive oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scone.cache.errors import RowReadError
+from scone.model_store.decoder import CausalAttention, Decoder
+from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.engine_core import EngineCore
+from scone.server.engine.generation import RequestRun
+from scone.server.engine.input_rows import InputRows
+from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.observer import SilentObserver
+from scone.server.sequence import Delta, GenerationRequest, SamplingParams
+
+NUM_SPECIALS = 3
+"""Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    characters = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+    return tokenizer_from_vocabulary(
+        pieces=["<unk>", "<s>", "</s>", *(characters[b] for b in range(256))],
+        piece_types=[3, 3, 3] + [1] * 256,
+        merges=[],
+        pre_tokenizer="gpt-2",
+        bos_id=1,
+        add_bos=False,
+        eos_ids=(2,),
+        chat_template=None,
+    )
+
+
+class DictTable:
+    """Longest match by trying; rows in memory. `broken` rows cannot be read, `held` reads do not end."""
+
+    def __init__(self, rows: dict[tuple[int, ...], Tensor], dim: int, max_n: int = 5) -> None:
+        self.dim, self.max_n = dim, max_n
+        self._ids = {fgram: row_id for row_id, fgram in enumerate(rows)}
+        self._rows = torch.stack(list(rows.values())) if rows else torch.empty(0, dim)
+        self.broken: set[int] = set()
+        self.is_held = False
+        self.num_read = 0
+        self.num_cancelled = 0
+
+    def longest(self, window: Sequence[int]) -> int:
+        for n in range(min(self.max_n, len(window)), 1, -1):
+            row_id = self._ids.get(tuple(window[-n:]))
+            if row_id is not None:
+                return row_id
+        return -1
+
+    def match(self, input_ids: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        ids = input_ids.tolist()
+        return np.array([self.longest(ids[: i + 1]) for i in range(len(ids))], dtype=np.int64), None
+
+    def match_last(self, windows: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        found = [self.longest([t for t in window if t >= 0]) for window in windows.tolist()]
+        return np.array(found, dtype=np.int64), None
+
+    def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
+        return np.where(row_ids % 2 == 0, "ram", "disk")
+
+    def row(self, row_id: int) -> Tensor:
+        return self._rows[row_id]
+
+    def submit(self, row_ids: np.ndarray[Any, Any], reason: str = "demand") -> DictRead:
+        return DictRead(self, row_ids.copy())
+
+
+class DictRead:
+    def __init__(self, table: DictTable, row_ids: np.ndarray[Any, Any]) -> None:
+        self.table, self.row_ids = table, row_ids
+
+    def ready(self) -> bool:
+        return not self.table.is_held
+
+    def copy_into(self, out: Tensor) -> None:
+        assert not self.table.is_held, "the engine would block on a read that is not ready"
+        for i, row_id in enumerate(self.row_ids.tolist()):
+            if row_id in self.table.broken:
+                raise RowReadError(f"row {row_id} cannot be read")
+            if row_id >= 0:
+                out[i] = self.table.row(row_id)
+                self.table.num_read += 1
+
+    def cancel(self) -> None:
+        self.table.num_cancelled += 1
+
+
+def naive_logits(decoder: Decoder, input_ids: Sequence[int], table: DictTable | None = None) -> Tensor:
+    """Logits (n, vocab) of a whole sequence computed at once, with rows laid in one by one."""
+    with torch.inference_mode():
+        embeddings = decoder.embed(torch.tensor(list(input_ids)))
+        if table is not None:
+            for i in range(len(input_ids)):
+                row_id = table.longest(input_ids[: i + 1])
+                if row_id >= 0:
+                    embeddings[i] = table.row(row_id)
+        positions = torch.arange(len(input_ids))
+        hidden = decoder(embeddings[None], positions[None], CausalAttention())
+        return decoder.logits(hidden[0])
+
+
+def naive_greedy(
+    decoder: Decoder, input_ids: Sequence[int], num_tokens: int, table: DictTable | None = None
+) -> list[int]:
+    """Greedy continuation by computing everything anew for each token; ignores the end token."""
+    ids = list(input_ids)
+    for _ in range(num_tokens):
+        ids.append(int(naive_logits(decoder, ids, table)[-1].argmax()))
+    return ids[len(input_ids) :]
+
+
+@dataclass
+class Outcome:
+    """All deltas of one request, by sequence."""
+
+    deltas: dict[int, list[Delta]] = field(default_factory=dict)
+
+    def __call__(self, delta: Delta) -> None:
+        seen = self.deltas.setdefault(delta.index, [])
+        assert not seen or seen[-1].finish_reason is None, "a delta after the last one"
+        seen.append(delta)
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [t for d in self.deltas.get(index, []) for t in d.token_ids]
+
+    def text(self, index: int = 0) -> str:
+        return "".join(d.text for d in self.deltas.get(index, []))
+
+    def last(self, index: int = 0) -> Delta:
+        return self.deltas[index][-1]
+
+    def logprobs(self, index: int = 0) -> list[float]:
+        return [p.logprob for d in self.deltas[index] for p in d.logprobs or ()]
+
+
+class World:
+    """An engine core and what is needed to feed it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        table: DictTable | None = None,
+        **config: Any,
+    ) -> None:
+        defaults = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
+        self.config = EngineConfig(**{**defaults, **config})
+        self.core = EngineCore(
+            self.config, ModelRunner(decoder, self.config), tokenizer, "model", SilentObserver()
+        )
+        self.input_rows = None if table is None else InputRows(table, table)
+        self.runs: list[RequestRun] = []
+
+    def add(self, input_ids: Sequence[int], n: int = 1, salt: str | None = None, **params: Any) -> Outcome:
+        outcome = Outcome()
+        request = GenerationRequest(
+            request_id=str(len(self.runs)),
+            input_ids=tuple(input_ids),
+            n=n,
+            cache_salt=salt,
+            sampling=SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **params}),
+        )
+        run = RequestRun(request, outcome, len(self.runs), 0.0, self.input_rows)
+        self.runs.append(run)
+        self.core.add(run, "table")
+        return outcome
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Steps until all is done; afterwards no block may be held."""
+        for _ in range(max_steps):
+            if not self.core.has_work:
+                break
+            self.core.step()
+        assert not self.core.has_work, "requests did not end"
+        pool = self.core.state.pool
+        assert pool.num_free == pool.num_blocks
+        assert not self.core.state.waiting
+        assert not self.core.state.running
+
+
+@pytest.fixture
+def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Callable[..., World]:
+    def make(table: DictTable | None = None, **config: Any) -> World:
+        return World(tiny_decoder, byte_tokenizer, table, **config)
+
+    return make
+
+
+@pytest.fixture
+def dict_table(tiny_decoder: Decoder) -> DictTable:
+    """Random f-grams over ids below 12, so that prompts of such ids match often at every length."""
+    generator = torch.Generator().manual_seed(1)
+    rows = {}
+    for n, num in ((2, 60), (3, 150), (4, 150), (5, 150)):
+        for _ in range(num):
+            fgram = tuple(torch.randint(3, 12, (n,), generator=generator).tolist())
+            rows[fgram] = torch.randn(tiny_decoder.config.dim, generator=generator) * 0.15
+    return DictTable(rows, tiny_decoder.config.dim)
+
+
+def random_prompt(seed: int, length: int, high: int = 12) -> list[int]:
+    return torch.randint(3, high, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small only lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,191 @@
+"""The engine behind its door: threads, admission, shutdown."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scone.model_store.decoder import Decoder
+from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine.engine import Engine
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.errors import InvalidRequestError, UnavailableError
+from scone.server.sequence import Delta, GenerationRequest, SamplingParams
+
+from .conftest import DictTable, Outcome, naive_greedy, random_prompt
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make_engine(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[MakeEngine]:
+    engines: list[Engine] = []
+
+    def make(table: DictTable | None = None, **config: Any) -> Engine:
+        defaults = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
+        engine = Engine(
+            EngineConfig(**{**defaults, **config}),
+            tiny_decoder,
+            byte_tokenizer,
+            table,
+            "model",
+            row_source=table,
+        )
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.shutdown(timeout_seconds=0)
+
+
+def request(name: str, input_ids: list[int], **params: Any) -> GenerationRequest:
+    sampling = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": 8, **params})
+    return GenerationRequest(request_id=name, input_ids=tuple(input_ids), sampling=sampling)
+
+
+class Waiter(Outcome):
+    """An outcome that can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = threading.Event()
+        self.begun = threading.Event()
+
+    def __call__(self, delta: Delta) -> None:
+        super().__call__(delta)
+        self.begun.set()
+        if delta.finish_reason is not None:
+            self.done.set()
+
+    def wait(self) -> None:
+        assert self.done.wait(30)
+
+
+def settled(engine: Engine) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        stats = engine.stats()
+        if not stats.has_work and stats.num_running == stats.num_waiting == stats.num_queued_tokens == 0:
+            return stats.kv_cache_usage == 0
+        time.sleep(0.005)
+    return False
+
+
+def test_many_threads_get_their_own_answers(
+    make_engine: MakeEngine, tiny_decoder: Decoder, dict_table: DictTable
+) -> None:
+    engine = make_engine(dict_table)
+    waiters = [Waiter() for _ in range(12)]
+    prompts = [random_prompt(i, 5 + 3 * i) for i in range(12)]
+
+    def submit(i: int) -> None:
+        engine.submit(request(str(i), prompts[i]), waiters[i])
+
+    threads = [threading.Thread(target=submit, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for waiter, prompt in zip(waiters, prompts, strict=True):
+        waiter.wait()
+        assert waiter.tokens() == naive_greedy(tiny_decoder, prompt, 8, dict_table)
+    for thread in threads:
+        thread.join()
+    assert settled(engine)
+
+
+def test_two_hundred_abandoned_requests_leave_nothing(make_engine: MakeEngine, dict_table: DictTable) -> None:
+    engine = make_engine(dict_table)
+    waiters = [Waiter() for _ in range(200)]
+    for i, waiter in enumerate(waiters):
+        engine.submit(request(str(i), random_prompt(i, 30), max_tokens=90), waiter)
+    for i in range(200):
+        engine.abort(str(i))
+    last = Waiter()
+    engine.submit(request("last", [5, 6], max_tokens=2), last)
+    last.wait()
+    for waiter in waiters:
+        waiter.wait()
+    assert {w.last().finish_reason for w in waiters} <= {"abort", "length"}
+    assert settled(engine)
+
+
+def test_a_batch_is_admitted_whole_or_not_at_all(make_engine: MakeEngine, dict_table: DictTable) -> None:
+    dict_table.is_held = True  # nothing can start
+    engine = make_engine(dict_table, max_num_queued_reqs=4, max_num_queued_tokens=100)
+    prompt = random_prompt(1, 20)
+    assert dict_table.match(np.array(prompt))[0].max() >= 0
+    waiters = [Waiter() for _ in range(3)]
+    engine.submit_batch([(request(str(i), prompt), w) for i, w in enumerate(waiters)])
+    with pytest.raises(UnavailableError, match="max_num_queued_reqs") as refused:
+        engine.submit_batch([(request(f"x{i}", prompt), Waiter()) for i in range(2)])
+    assert refused.value.code == "queue_full"
+    with pytest.raises(UnavailableError, match="max_num_queued_tokens"):
+        engine.submit(request("y", prompt * 3), Waiter())
+    with pytest.raises(InvalidRequestError, match="under way"):
+        engine.submit(request("0", [4]), Waiter())
+    dict_table.is_held = False
+    for waiter in waiters:
+        waiter.wait()
+    assert settled(engine)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (request("a", []), "the prompt is empty"),
+        (request("a", [1, 300]), "token id is 300, wanted 0 <= id < 300"),
+        (request("a", [-1]), "token id is -1"),
+        (request("a", [5] * 128), "the longest context here is 128"),
+        (request("a", [5], logit_bias={300: 1.0}), "logit_bias holds token id 300"),
+        (request("a", [5], stop_token_ids=(999,)), "stop_token_ids holds token id 999"),
+        (request("a", [5], allowed_token_ids=(-4,)), "allowed_token_ids holds token id -4"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(
+    make_engine: MakeEngine, wrong: GenerationRequest, sentence: str
+) -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidRequestError, match=sentence):
+        engine.submit_batch([(request("good", [5]), Waiter()), (wrong, Waiter())])
+    assert settled(engine)
+
+
+def test_shutdown_lets_admitted_requests_end(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    waiters = [Waiter() for _ in range(20)]
+    for i, waiter in enumerate(waiters):
+        engine.submit(request(str(i), [5, 6, i + 3], max_tokens=20), waiter)
+    assert engine.shutdown(timeout_seconds=30)
+    assert all(len(w.tokens()) == 20 for w in waiters)
+    assert not engine.is_alive()
+    with pytest.raises(UnavailableError, match="shutting down"):
+        engine.submit(request("late", [5]), Waiter())
+
+
+def test_shutdown_aborts_what_takes_too_long(make_engine: MakeEngine, dict_table: DictTable) -> None:
+    engine = make_engine(dict_table)
+    waiter = Waiter()
+    dict_table.is_held = True
+    engine.submit(request("slow", random_prompt(1, 20)), waiter)
+    assert engine.shutdown(timeout_seconds=0.05) is False
+    assert waiter.last().finish_reason == "abort"
+
+
+def test_a_table_that_raises_fails_the_request(make_engine: MakeEngine, dict_table: DictTable) -> None:
+    engine = make_engine(dict_table)
+    match, waiter = dict_table.match, Waiter()
+    dict_table.match = lambda ids: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    engine.submit(request("a", [5, 6]), waiter)
+    waiter.wait()
+    assert waiter.last().finish_reason == "error"
+    dict_table.match = match  # type: ignore[method-assign]
+    again = Waiter()
+    engine.submit(request("b", [5, 6]), again)
+    again.wait()
+    assert len(again.tokens()) == 8

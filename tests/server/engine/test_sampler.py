@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scone.server.engine.sampler import SamplerState, sample, token_logprobs
+from scone.server.sequence import SamplingParams
+
+VOCAB = 600
+
+
+def state(prompt: tuple[int, ...] = (), **params: Any) -> SamplerState:
+    return SamplerState(SamplingParams(**params), 0, prompt, eos_ids=(2,))
+
+
+def row(seed: int, scale: float = 2.0) -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw_many(logits: Tensor, num: int, **params: Any) -> Counter[int]:
+    one = state(seed=1, **params)
+    drawn: Counter[int] = Counter()
+    for _ in range(num):
+        token = sample(logits[None], [one])[0].token_id
+        assert token is not None
+        drawn[token] += 1
+    return drawn
+
+
+def reference_distribution(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """Truncation by definition: sort everything, in double."""
+    probs = (logits.double() / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    kept = order[:top_k] if top_k else order
+    within = probs[kept] / probs[kept].sum()
+    kept = kept[: int((within.cumsum(0) - within < top_p).sum())] if top_p < 1 else kept
+    kept = kept[probs[kept] >= min_p * probs[kept].max()]
+    result = torch.zeros_like(probs)
+    result[kept] = probs[kept] / probs[kept].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 0.7, "top_k": 5, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.5, "min_p": 0.0},
+        {"temperature": 3.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0},  # flat: all candidates needed
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.2},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+    ],
+)
+def test_draws_follow_the_truncated_distribution(params: dict[str, Any]) -> None:
+    logits = row(1)
+    num = 4000
+    drawn = draw_many(logits, num, **params)
+    expected = reference_distribution(logits, **params)
+    assert all(expected[token] > 0 for token in drawn)
+    for token in expected.topk(5).indices.tolist():
+        p = float(expected[token])
+        assert drawn[token] / num == pytest.approx(p, abs=5 * (p * (1 - p) / num) ** 0.5 + 1e-9)
+
+
+def test_seeded_draws_do_not_depend_on_the_batch() -> None:
+    rows = torch.stack([row(i) for i in range(8)])
+    params: list[dict[str, Any]] = [
+        {"seed": i, "temperature": 1.2, "top_p": 0.9, "logprobs": 2, "presence_penalty": 0.5 * (i % 2)}
+        for i in range(8)
+    ]
+    together = [state(**p) for p in params]
+    alone = [state(**p) for p in params]
+    for _ in range(5):
+        batch = sample(rows, together)
+        for i in range(8):
+            assert sample(rows[i : i + 1], [alone[i]])[0] == batch[i]
+            token_id = batch[i].token_id
+            assert token_id is not None
+            together[i].append(token_id)
+            alone[i].append(token_id)
+
+
+def test_sequences_of_one_request_draw_differently() -> None:
+    logits = torch.zeros(1, VOCAB)
+    states = [SamplerState(SamplingParams(seed=7), index, (), ()) for index in range(4)]
+    assert len({sample(logits, [s])[0].token_id for s in states}) == 4
+    again = SamplerState(SamplingParams(seed=9), 0, (), ())
+    other = SamplerState(SamplingParams(seed=7), 2, (), ())
+    assert sample(logits, [again])[0] == sample(logits, [other])[0]
+
+
+def test_penalties_by_their_formulas() -> None:
+    logits = row(2)
+    one = state((5, 6), presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
+    for token in (7, 7, 8):
+        one.append(token)
+    adjusted = logits.clone()
+    one.adjust(adjusted)
+    expected = logits.clone()
+    for token in (5, 6, 7, 8):
+        expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
+    expected[7] -= 0.5 + 2 * 0.25
+    expected[8] -= 0.5 + 0.25
+    torch.testing.assert_close(adjusted, expected)
+
+
+def test_bias_and_minimum_length() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 2] = 10
+    assert sample(logits, [state(temperature=0.0)])[0].token_id == 2
+    assert sample(logits, [state(temperature=0.0, logit_bias={9: 20.0})])[0].token_id == 9
+    waiting = state(temperature=0.0, min_tokens=1)
+    assert sample(logits, [waiting])[0].token_id != 2
+    waiting.append(0)
+    assert sample(logits, [waiting])[0].token_id == 2
+
+
+def test_rows_that_are_not_finite_are_told_apart() -> None:
+    rows = torch.stack([row(1), row(2), row(3)])
+    rows[1, 17] = torch.nan
+    rows[2, 3] = torch.inf
+    tokens = [s.token_id for s in sample(rows, [state(temperature=0.0) for _ in range(3)])]
+    assert tokens == [int(rows[0].argmax()), None, None]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = torch.stack([row(1), row(2)])
+    states = [state(temperature=0.0, logit_bias={4: 100.0}, logprobs=3), state(temperature=0.0, logprobs=0)]
+    biased, plain = sample(logits, states)
+    expected = logits.log_softmax(-1)
+    assert biased.logprob is not None
+    assert plain.logprob is not None
+    assert biased.token_id == 4
+    assert biased.logprob.logprob == pytest.approx(float(expected[0, 4]), abs=1e-5)
+    values, ids = expected[0].topk(3)
+    assert [t for t, _ in biased.logprob.top] == ids.tolist()
+    assert [p for _, p in biased.logprob.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert plain.logprob.top == ()
+    assert token_logprobs(logits, [4, 5], [0, 2])[0].top == ()
+
+
+def test_tiny_temperatures_are_greedy() -> None:
+    assert sample(row(1)[None], [state(temperature=1e-30)])[0].token_id == int(row(1).argmax())
