@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from scone.model_store.errors import FGramSetError
 
@@ -111,12 +111,13 @@ class FGramSet:
         partial.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"tokens": self._flat_tokens(), "lengths": self.lengths, "counts": self.counts}
         # One metadata entry only: safetensors writes several in an order that changes from run to run.
-        save_file(
+        content = save(
             {name: np.ascontiguousarray(array) for name, array in tensors.items()},
-            partial,
             metadata={_METADATA_KEY: json.dumps(self._metadata(), sort_keys=True)},
         )
-        with open(partial, "rb") as file:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, out)
 
