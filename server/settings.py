@@ -6,7 +6,9 @@ Precedence: command line > `SCONE_*` environment > YAML file (`--config`) > defa
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,15 @@ def parse_bool(text: str) -> bool:
     raise ValueError(f"got {text!r}, wanted true or false")
 
 
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `1048576`, `64MiB`, `1.5 GB`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"got {text!r}, wanted bytes, as in 1048576, 64MiB or 2GB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One setting; `name` in snake case gives `--name-in-kebab`, `SCONE_NAME` and the YAML key.
@@ -35,7 +46,7 @@ class Setting:
         kind: turns the text of a flag or variable into the value; raises ValueError.
         positional: given by place on the command line instead of by flag.
         many: a list (several words on the command line, comma-separated in the environment).
-        secret: shown as `***` wherever settings are printed.
+        secret: no flag (it would show in `ps`), only environment and YAML; printed as `***`.
     """
 
     name: str
@@ -75,6 +86,8 @@ class Resolved:
     origins: Mapping[str, str]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask before `values` is there
+            raise AttributeError(name)
         try:
             return self.values[name]
         except KeyError:
@@ -94,7 +107,12 @@ class Command:
 def add_arguments(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> None:
     """Declares the settings on `parser`; absent ones stay out of the namespace."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting and where it came from, and stop"
+    )
     for setting in settings:
+        if setting.secret:
+            continue
         shown = "" if setting.default is None else f" (default: {setting.default})"
         kwargs: dict[str, Any] = {"help": setting.help + shown, "default": argparse.SUPPRESS}
         if setting.positional:
@@ -126,10 +144,12 @@ def resolve(
             raw = environ[setting.variable]
             words = raw.split(",") if setting.many else [raw]
             origins[setting.name] = setting.variable
-        elif setting.name in from_file:
+        elif from_file.get(setting.name) is not None:
             raw_value = from_file[setting.name]
             words = raw_value if isinstance(raw_value, list) else [raw_value]
             origins[setting.name] = "YAML"
+            if not setting.many and len(words) != 1:
+                raise SettingError(f"YAML: {setting.name} is a list, wanted one value")
         elif setting.required:
             where = setting.name.upper() if setting.positional else setting.flag
             raise SettingError(f"{where} is missing: give it, or set {setting.variable}: {setting.help}")
@@ -153,7 +173,21 @@ def _read_yaml(path: str | None, settings: Sequence[Setting]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SettingError(f"{path}: got a {type(content).__name__}, wanted keys and values")
-    unknown = sorted(set(map(str, content)) - {s.name for s in settings})
-    if unknown:
-        raise SettingError(f"{path}: unknown key(s) {', '.join(unknown)}")
-    return content
+    known = [setting.name for setting in settings]
+    for key in map(str, content):
+        if key not in known:
+            similar = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+            hint = f", did you mean {similar[0]}?" if similar else f"; known are {', '.join(known)}"
+            raise SettingError(f"{path}: unknown key {key}{hint}")
+    return {str(key): value for key, value in content.items()}
+
+
+def describe(settings: Sequence[Setting], resolved: Resolved) -> str:
+    """One line a setting: name, value, where it came from; secrets as `***`."""
+    width = max(len(setting.name) for setting in settings)
+    lines = []
+    for setting in settings:
+        value = resolved.values[setting.name]
+        shown = "***" if setting.secret and value else "-" if value is None else value
+        lines.append(f"{setting.name:<{width}} = {shown}  ({resolved.origins[setting.name]})")
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""One HTTP request's sequences: submitted together, heard on the event loop, aborted together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from scone.server.api.errors import ApiError
+from scone.server.api.request_log import log_request
+from scone.server.api.state import ServedModel, ServerState
+from scone.server.errors import UnavailableError
+from scone.server.sequence import Delta, GenerationRequest, RequestUsage
+
+PromptDelta = tuple[int, Delta]
+"""Which prompt of the request, and what was added to one of its sequences."""
+
+
+class Generation:
+    """Deltas of all sequences of one HTTP request. Whoever starts it closes it."""
+
+    def __init__(
+        self, state: ServerState, model: ServedModel, requests: Sequence[GenerationRequest], request_id: str
+    ) -> None:
+        self.request_id = request_id
+        self._state = state
+        self._model = model
+        self._requests = requests
+        self._deltas: deque[PromptDelta] = deque()
+        self._is_notified = False
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._unfinished = {(i, k) for i, request in enumerate(requests) for k in range(request.n)}
+        self._interruption: ApiError | None = None
+        self._started = time.monotonic()
+        self._usages: dict[tuple[int, int], RequestUsage] = {}
+        self._finish_reasons: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Admits all sequences or, raising UnavailableError, none."""
+        try:
+            self._state.check_admission()
+            self._model.engine.submit_batch(
+                [(request, partial(self._on_delta, i)) for i, request in enumerate(self._requests)]
+            )
+        except UnavailableError as error:
+            self._state.metrics.admission_rejections.labels(error.code).inc()
+            raise
+        self._state.in_flight.add(self)
+
+    @property
+    def keep_alive_interval(self) -> float:
+        return self._state.config.keep_alive_interval
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._unfinished
+
+    async def next_deltas(self) -> list[PromptDelta]:
+        """What has come since the last call, at least one delta; [] once all sequences have ended.
+
+        Raises ApiError if the request ran out of time, was interrupted, or failed in the engine.
+        """
+        while not self._deltas:
+            if self._interruption is not None:
+                raise self._interruption
+            if self.is_finished:
+                return []
+            await self._wait()
+        # First the flag, then the deltas: one that is appended in between wakes us once more for nothing,
+        # but none is left lying.
+        self._wake.clear()
+        self._is_notified = False
+        fresh: list[PromptDelta] = []
+        while self._deltas:
+            fresh.append(self._deltas.popleft())
+        for prompt_index, delta in fresh:
+            self._account(prompt_index, delta)
+        return fresh
+
+    def interrupt(self, error: ApiError) -> None:
+        """Ends the request with `error` where its reader stands."""
+        self._interruption = error
+        self._wake.set()
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object, with what was read from the f-gram table."""
+        prompt_usages = [u for (_, k), u in self._usages.items() if k == 0]
+        num_prompt = sum(len(request.input_ids) for request in self._requests)
+        num_generated = sum(u.num_generated_tokens for u in self._usages.values())
+        rows_by_tier: Counter[str] = Counter()
+        for usage in self._usages.values():
+            rows_by_tier.update(usage.rows_by_tier)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(u.num_cached_tokens for u in prompt_usages)},
+            "fgram": {
+                "matched_tokens": sum(u.num_matched_tokens for u in self._usages.values()),
+                "rows_by_tier": dict(rows_by_tier),
+            },
+        }
+
+    def close(self) -> None:
+        """Aborts what is unfinished, writes the log line; further calls do nothing."""
+        if self not in self._state.in_flight:
+            return
+        self._state.in_flight.discard(self)
+        for prompt_index in {i for i, _ in self._unfinished}:
+            self._model.engine.abort(self._requests[prompt_index].request_id)
+        self._finish_reasons["abort"] += len(self._unfinished)
+        log_request(
+            request_id=self.request_id,
+            num_prompts=len(self._requests),
+            usage=self.usage(),
+            queue_seconds=max((u.queue_seconds for u in self._usages.values()), default=None),
+            time_to_first_token_seconds=min(
+                (u.time_to_first_token_seconds for u in self._usages.values()), default=None
+            ),
+            seconds=time.monotonic() - self._started,
+            finish_reasons=+self._finish_reasons,
+        )
+
+    def _on_delta(self, prompt_index: int, delta: Delta) -> None:
+        """Called on the engine's thread."""
+        self._deltas.append((prompt_index, delta))
+        if not self._is_notified:
+            self._is_notified = True
+            # The loop is closed only after the server gave up waiting for this request.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _wait(self) -> None:
+        limit = self._state.config.request_timeout
+        if not limit:
+            await self._wake.wait()
+            return
+        try:
+            async with asyncio.timeout(max(0.0, self._started + limit - time.monotonic())):
+                await self._wake.wait()
+        except TimeoutError:
+            raise ApiError(
+                504, f"The request took longer than {limit:g} s; ask for fewer tokens.", code="timeout"
+            ) from None
+
+    def _account(self, prompt_index: int, delta: Delta) -> None:
+        key = (prompt_index, delta.index)
+        if delta.usage is not None:
+            self._usages[key] = delta.usage
+        if delta.finish_reason is None:
+            return
+        self._unfinished.discard(key)
+        self._finish_reasons[delta.finish_reason] += 1
+        if delta.finish_reason == "error":
+            raise ApiError(500, delta.error or "The engine failed on this request.", code="generation_failed")
+        if delta.finish_reason == "abort":
+            raise ApiError(503, "The request was aborted.", code="aborted")

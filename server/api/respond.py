@@ -1,0 +1,79 @@
+"""The two ways a generation is answered: one JSON body, or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import Response
+
+from scone.server.api.disconnect import ClientDisconnectedError, until_disconnect
+from scone.server.api.generation import Generation, PromptDelta
+from scone.server.api.sse import EventStreamResponse, frame, terminated
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+class Answer(Protocol):
+    """How one kind of request words its answer."""
+
+    def whole(self, deltas: Sequence[PromptDelta]) -> bytes: ...
+    def chunks(self, deltas: Sequence[PromptDelta]) -> list[dict[str, Any]]: ...
+    def last_chunk(self) -> dict[str, Any] | None: ...
+
+
+async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
+    """The response to a started generation, which is aborted if the client goes or anything fails."""
+    try:
+        if stream:
+            return await _stream(request, generation, answer)
+        deltas = await until_disconnect(request.receive, _all_deltas(generation))
+        return Response(answer.whole(deltas), media_type="application/json")
+    except ClientDisconnectedError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it
+    finally:
+        if not stream:
+            generation.close()
+
+
+async def _all_deltas(generation: Generation) -> list[PromptDelta]:
+    deltas: list[PromptDelta] = []
+    while fresh := await generation.next_deltas():
+        deltas += fresh
+    return deltas
+
+
+async def _stream(request: Request, generation: Generation, answer: Answer) -> Response:
+    """Waits for the first deltas before the response starts, so that an early failure has its own status."""
+    interval = generation.keep_alive_interval
+    first = asyncio.ensure_future(generation.next_deltas())
+    try:
+        # Not longer than one keep-alive interval: behind a proxy, silence costs the connection.
+        await until_disconnect(request.receive, asyncio.wait({first}, timeout=interval))
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        generation.close()
+        raise
+
+    def close() -> None:
+        first.cancel()
+        generation.close()
+
+    return EventStreamResponse(terminated(_frames(generation, answer, first)), interval, on_close=close)
+
+
+async def _frames(
+    generation: Generation, answer: Answer, first: asyncio.Future[list[PromptDelta]]
+) -> AsyncGenerator[bytes]:
+    deltas = await first
+    while deltas:
+        for chunk in answer.chunks(deltas):
+            yield frame(chunk)
+        deltas = await generation.next_deltas()
+    if (last := answer.last_chunk()) is not None:
+        yield frame(last)

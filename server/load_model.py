@@ -1,0 +1,58 @@
+"""From settings to a model that answers; imports torch, so it is imported only once the server listens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scone.model_store.checkpoint import open_checkpoint
+from scone.server.api.state import ServedModel
+from scone.server.engine.engine import Engine
+from scone.server.metrics import ServerMetrics
+from scone.server.serve_settings import engine_config, model_name
+from scone.server.settings import Resolved
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLoader:
+    """Loads step by step; says each step in the log and in `startup_seconds{phase}`."""
+
+    def __init__(self, settings: Resolved, metrics: ServerMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+
+    def load(self) -> ServedModel:
+        """A started engine and what belongs to it; raises SconeError."""
+        settings = self._settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        with self._phase("checkpoint", f"opening {settings.model}"):
+            checkpoint = open_checkpoint(settings.model)
+            config = engine_config(settings, checkpoint.config.max_position)
+        with self._phase("tokenizer", "reading the tokenizer"):
+            tokenizer = checkpoint.tokenizer()
+        with self._phase("weights", f"reading the weights as {settings.dtype}"):
+            decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+        with self._phase("engine", "starting the engine"):
+            engine = Engine(config, decoder, tokenizer, None, checkpoint.model_hash)
+            engine.observer = self._metrics
+            engine.start()
+            self._metrics.watch_engine(engine.stats)
+        return ServedModel(
+            name=model_name(settings),
+            engine=engine,
+            tokenizer=tokenizer,
+            max_model_len=config.max_model_len,
+        )
+
+    @contextmanager
+    def _phase(self, name: str, text: str) -> Iterator[None]:
+        logger.info("%s", text)
+        started = time.monotonic()
+        yield
+        self._metrics.startup_seconds.labels(name).set(time.monotonic() - started)

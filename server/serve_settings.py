@@ -1,0 +1,199 @@
+"""The settings of `scone serve`; `scone check-config` reads the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scone.server.api.config import ApiConfig
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.errors import SettingError
+from scone.server.settings import Resolved, Setting, parse_bool, parse_bytes
+
+_ENGINE = EngineConfig()
+_API = ApiConfig()
+
+MODEL_SETTINGS = (
+    Setting(name="model", required=True, help="GGUF file, Hugging Face folder or SCONE checkpoint folder"),
+    Setting(
+        name="served_model_name", help="name in /v1/models and in requests (default: the model's file name)"
+    ),
+    Setting(
+        name="dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of weights and activations",
+    ),
+    Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
+)
+
+ENGINE_SETTINGS = (
+    Setting(
+        name="max_model_len",
+        kind=int,
+        help="longest prompt plus answer in tokens (default: the model's own limit, at most 8192)",
+    ),
+    Setting(name="max_num_seqs", kind=int, default=_ENGINE.max_num_seqs, help="sequences that share a step"),
+    Setting(
+        name="max_num_batched_tokens",
+        kind=int,
+        default=_ENGINE.max_num_batched_tokens,
+        help="tokens that a step computes; longer prompts are cut into chunks",
+    ),
+    Setting(name="block_size", kind=int, default=_ENGINE.block_size, help="tokens per KV block"),
+    Setting(
+        name="kv_cache_bytes",
+        kind=parse_bytes,
+        default=_ENGINE.kv_cache_bytes,
+        help="memory for keys and values, as in 2GiB",
+    ),
+    Setting(
+        name="max_num_queued_reqs",
+        kind=int,
+        default=_ENGINE.max_num_queued_reqs,
+        help="requests that may wait; more are answered 503 queue_full",
+    ),
+    Setting(
+        name="max_num_queued_tokens",
+        kind=int,
+        default=_ENGINE.max_num_queued_tokens,
+        help="prompt tokens that may wait; more are answered 503 queue_full",
+    ),
+    Setting(
+        name="enable_prefix_caching",
+        kind=parse_bool,
+        default=_ENGINE.enable_prefix_caching,
+        help="reuse keys and values of equal beginnings",
+    ),
+)
+
+HTTP_SETTINGS = (
+    Setting(name="host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all"),
+    Setting(name="port", kind=int, default=8000, help="port to listen on; 0 takes a free one"),
+    Setting(name="api_key", many=True, secret=True, help="keys that open the server; none leaves it open"),
+    Setting(name="api_key_file", help="file with one key a line, added to api_key"),
+    Setting(
+        name="metrics_need_key",
+        kind=parse_bool,
+        default=_API.metrics_need_key,
+        help="/metrics asks for a key too",
+    ),
+    Setting(
+        name="cors_allow_origins", many=True, help="origins whose pages may call the server (default: none)"
+    ),
+    Setting(
+        name="max_body_bytes",
+        kind=parse_bytes,
+        default=_API.max_body_bytes,
+        help="larger request bodies are refused",
+    ),
+    Setting(name="max_prompts", kind=int, default=_API.max_prompts, help="prompts in one request"),
+    Setting(
+        name="queue_timeout",
+        kind=float,
+        default=_API.queue_timeout,
+        help="seconds until a request still waiting is answered 503; 0 is no limit",
+    ),
+    Setting(
+        name="request_timeout",
+        kind=float,
+        default=_API.request_timeout,
+        help="seconds until an unfinished request is answered 504; 0 is no limit",
+    ),
+    Setting(
+        name="stall_timeout",
+        kind=float,
+        default=_API.stall_timeout,
+        help="seconds without a step, though there is work, until /health fails",
+    ),
+    Setting(
+        name="keep_alive_interval",
+        kind=float,
+        default=_API.keep_alive_interval,
+        help="seconds of silence until a stream gets a comment",
+    ),
+    Setting(
+        name="drain_delay",
+        kind=float,
+        default=_API.drain_delay,
+        help="seconds from SIGTERM, and /ready off, until new requests are refused",
+    ),
+    Setting(
+        name="drain_timeout",
+        kind=float,
+        default=_API.drain_timeout,
+        help="seconds that requests in flight may then go on",
+    ),
+    Setting(
+        name="log_level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="least level logged",
+    ),
+    Setting(name="log_format", default="text", choices=("text", "json"), help="how log lines look"),
+)
+
+SERVE_SETTINGS = (*MODEL_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
+
+
+def api_config(settings: Resolved) -> ApiConfig:
+    """The HTTP side's part; reads the key file; raises SettingError."""
+    keys = [*(settings.api_key or ()), *_keys_in(settings.api_key_file)]
+    if settings.api_key_file and not keys:
+        raise SettingError(f"api_key_file {settings.api_key_file} holds no key, wanted one a line")
+    for name in ("queue_timeout", "request_timeout", "drain_delay", "drain_timeout"):
+        if settings.values[name] < 0:
+            raise SettingError(f"{name} is {settings.values[name]}, wanted 0 or more seconds")
+    for name in ("stall_timeout", "keep_alive_interval", "max_body_bytes", "max_prompts"):
+        if settings.values[name] <= 0:
+            raise SettingError(f"{name} is {settings.values[name]}, wanted more than 0")
+    return ApiConfig(
+        api_keys=tuple(keys),
+        metrics_need_key=settings.metrics_need_key,
+        cors_allow_origins=tuple(settings.cors_allow_origins or ()),
+        max_body_bytes=settings.max_body_bytes,
+        max_prompts=settings.max_prompts,
+        queue_timeout=settings.queue_timeout,
+        request_timeout=settings.request_timeout,
+        stall_timeout=settings.stall_timeout,
+        keep_alive_interval=settings.keep_alive_interval,
+        drain_delay=settings.drain_delay,
+        drain_timeout=settings.drain_timeout,
+    )
+
+
+def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
+    """The engine's part, for a model with `max_position` positions; raises SettingError."""
+    max_model_len = settings.max_model_len or min(max_position, 8192)
+    if max_model_len > max_position:
+        raise SettingError(
+            f"max_model_len is {max_model_len}, but the model has only {max_position} positions"
+        )
+    try:
+        return EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+            block_size=settings.block_size,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            max_num_queued_reqs=settings.max_num_queued_reqs,
+            max_num_queued_tokens=settings.max_num_queued_tokens,
+            enable_prefix_caching=settings.enable_prefix_caching,
+        )
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def model_name(settings: Resolved) -> str:
+    """The name that requests give: as set, or the file's or folder's."""
+    path = Path(settings.model)
+    return settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.resolve().name)
+
+
+def _keys_in(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"cannot read api_key_file {path}: {error}") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

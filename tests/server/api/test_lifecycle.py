@@ -1,0 +1,141 @@
+"""`scone serve` as a process: what it logs, how signals end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+class Process:
+    """A `scone serve` child, its log and its address."""
+
+    def __init__(self, *arguments: str, **environ: str) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "scone.server.cli", "serve", "--port", "0", *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT / ".types")} | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stderr is not None
+        self.lines += iter(self.child.stderr.readline, "")
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def url(self) -> str:
+        self.wait_for("listening on ")
+        return self.log.partition("listening on ")[2].partition(";")[0]
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.log:
+            assert self.child.poll() is None or text in self.log, f"it ended:\n{self.log}"
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
+            time.sleep(0.02)
+
+    def exit_code(self, seconds: float = 30) -> int:
+        code = self.child.wait(seconds)
+        self._reader.join()
+        return code
+
+    def close(self) -> None:
+        if self.child.poll() is None:
+            self.child.kill()
+        self.exit_code()
+        assert self.child.stderr is not None
+        self.child.stderr.close()
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Process]]:
+    processes: list[Process] = []
+
+    def start(*arguments: str, **environ: str) -> Process:
+        processes.append(Process(*arguments, **environ))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.close()
+
+
+def test_start_serve_and_drain(launch: Any, smollm2_path: Path) -> None:
+    process = launch("--model", str(smollm2_path), "--drain-timeout", "60", SCONE_API_KEY="secret-key")
+    assert httpx.get(process.url + "/ready").json()["error"]["code"] == "model_loading"
+    process.wait_for("ready after")
+    assert f"curl {process.url}/v1/completions" in process.log
+    assert "secret-key" not in process.log
+    headers = {"Authorization": "Bearer secret-key"}
+    body = {
+        "prompt": "One, two, three,",
+        "max_tokens": 40,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    with httpx.stream(
+        "POST", process.url + "/v1/completions", json=body, headers=headers, timeout=60
+    ) as stream:
+        assert stream.status_code == 200
+        process.child.send_signal(signal.SIGTERM)
+        events = [line for line in stream.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    assert not any("error" in event for event in events)
+    assert process.exit_code() == 0
+    assert "completion_tokens=40" in process.log
+    assert "Traceback" not in process.log
+
+
+def test_sigterm_while_loading(launch: Any, smollm2_path: Path) -> None:
+    process = launch("--model", str(smollm2_path))
+    assert process.url
+    process.child.send_signal(signal.SIGTERM)
+    assert process.exit_code(10) == 0
+    assert "ready after" not in process.log
+
+
+def test_second_signal_ends_at_once(launch: Any, smollm2_path: Path) -> None:
+    process = launch("--model", str(smollm2_path), "--drain-delay", "100")
+    process.wait_for("ready after")
+    process.child.send_signal(signal.SIGINT)
+    process.wait_for("not ready any more")
+    process.child.send_signal(signal.SIGTERM)
+    assert process.exit_code(10) == 1
+
+
+def test_bad_model_is_one_line(launch: Any, tmp_path: Path) -> None:
+    process = launch("--model", str(tmp_path / "nothing"))
+    assert process.exit_code() == 1
+    assert process.log.splitlines()[-1].startswith("scone serve: ")
+    assert "nothing" in process.log
+    assert "Traceback" not in process.log
+
+
+def test_taken_port_is_one_line(launch: Any, smollm2_path: Path) -> None:
+    first = launch("--model", str(smollm2_path))
+    port = first.url.rpartition(":")[2]
+    second = launch("--model", str(smollm2_path), "--port", port)
+    assert second.exit_code() == 1
+    assert "--port" in second.log
+    assert "Traceback" not in second.log
