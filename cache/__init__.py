@@ -1,1 +1,6 @@
 """The online look-up: match, read, stage. Knows neither HTTP nor sequences."""
+
+from scone.cache.fgram_table import FGramTable, Tier
+from scone.cache.prefetcher import PendingRows, Prefetcher
+
+__all__ = ["FGramTable", "PendingRows", "Prefetcher", "Tier"]

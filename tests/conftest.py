@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from scone.model_store.decoder import Decoder
+from scone.model_store.fgram_set import FGramSet, rank_order
 from scone.model_store.model_config import ModelConfig
+from scone.model_store.table_writer import TableWriter
 
 ROOT = Path(__file__).parent.parent
+MODEL_HASH, TOKENIZER_HASH = "6d" * 32, "74" * 32
 TINY = ModelConfig(
     architecture="llama",
     vocab_size=300,
@@ -46,3 +54,53 @@ def tiny_decoder() -> Decoder:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return decoder.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def zipf_tokens() -> NDArray[np.int64]:
+    """40,000 token ids below 2,000 with the skew of real text."""
+    return np.random.default_rng(0).zipf(1.3, 40_000) % 2000
+
+
+@pytest.fixture(scope="session")
+def zipf_fgrams(zipf_tokens: NDArray[np.int64]) -> FGramSet:
+    """The f-grams of `zipf_tokens`: K = 5, minimum count 3; some 4,000, closed."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    for n in range(2, 6):
+        counts.update(map(tuple, np.lib.stride_tricks.sliding_window_view(zipf_tokens, n).tolist()))
+    return make_fgram_set({fgram: count for fgram, count in counts.items() if count >= 3})
+
+
+def make_fgram_set(counts: Mapping[tuple[int, ...], int], max_n: int = 5) -> FGramSet:
+    """A ranked set of exactly these f-grams, counted with tokenizer TOKENIZER_HASH."""
+    tokens = np.full((len(counts), max_n), -1, np.int32)
+    for i, fgram in enumerate(counts):
+        tokens[i, : len(fgram)] = fgram
+    lengths = np.array([len(fgram) for fgram in counts], np.uint8)
+    totals = np.array(list(counts.values()), np.int64)
+    order = rank_order(tokens, lengths, totals)
+    return FGramSet(tokens[order], lengths[order], totals[order], TOKENIZER_HASH, 1, int(totals.sum()))
+
+
+@pytest.fixture(scope="session")
+def fgram_set() -> Callable[..., FGramSet]:
+    """`make_fgram_set`, for tests that make sets of their own."""
+    return make_fgram_set
+
+
+@pytest.fixture(scope="session")
+def write_table() -> Callable[..., Path]:
+    """write_table(out, fgrams, dim=64, **options of TableWriter.create): normal rows of seed 0."""
+
+    def write(out: Path, fgrams: FGramSet, *, dim: int = 64, dtype: str = "bfloat16", **options: Any) -> Path:
+        hashes: dict[str, Any] = {"model_hash": MODEL_HASH, "tokenizer_hash": TOKENIZER_HASH}
+        writer = TableWriter.create(out, fgrams, dim=dim, dtype=dtype, **hashes, **options)
+        writer.append(table_rows(len(fgrams), dim)[writer.num_rows_done :])
+        writer.finish()
+        return out
+
+    return write
+
+
+def table_rows(num_rows: int, dim: int) -> torch.Tensor:
+    return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,15 @@
 
 namespace nb = nanobind;
 
+namespace scone {
+void register_crc32c(nb::module_&);
+void register_gather(nb::module_&);
+void register_match(nb::module_&);
+}  // namespace scone
+
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels of scone-serve; each has a NumPy or torch oracle beside its Python door.";
+    scone::register_crc32c(m);
+    scone::register_gather(m);
+    scone::register_match(m);
 }

@@ -1,0 +1,230 @@
+"""The one door to a table while serving: longest match, then rows.
+
+Holds no state of any sequence: what matched at a position follows from the last `max_n` token ids alone.
+Source: arXiv 2502.01637, section 3; the paper's row replaces the token embedding where something matched.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache.errors import RowReadError
+from scone.cache.row_reader import MappedReader, RowReader
+from scone.cache.stats import TableStats
+from scone.kernels.errors import DamagedDataError
+from scone.kernels.match import Matcher, Matches
+from scone.model_store.errors import TableError
+from scone.model_store.manifest import TableManifest
+from scone.model_store.table_files import TableFiles, open_table_files
+
+Ids = Sequence[int] | NDArray[Any] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A range of rows that are read in one way; `num_bytes` are those of the stored rows."""
+
+    name: str
+    reader: str
+    begin: int
+    end: int
+    num_bytes: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.begin
+
+
+class FGramTable:
+    """An open table. Thread-safe; arrays it returns are the caller's own.
+
+    Example:
+        with FGramTable.open("data/tables/demo") as table:
+            row_ids, matched_len = table.match(input_ids)
+            rows = table.rows(row_ids)
+    """
+
+    def __init__(self, files: TableFiles, readers: Sequence[RowReader]) -> None:
+        """Use `open`."""
+        self.stats = TableStats()
+        self._files = files
+        self._readers = tuple(readers)
+        self._matcher = Matcher(files.index)
+        self._row_bytes = files.manifest.row_bytes
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, num_threads: int = 1) -> Self:
+        """Opens the table in directory `path`, reading no more than its headers.
+
+        Args:
+            num_threads: threads that may share one large read.
+
+        Raises:
+            TableError: the table is missing, incomplete, truncated, or damaged where it was looked at.
+        """
+        files = open_table_files(path)
+        return cls(files, [MappedReader(files, 0, files.manifest.num_fgrams, num_threads)])
+
+    @property
+    def manifest(self) -> TableManifest:
+        return self._files.manifest
+
+    @property
+    def num_fgrams(self) -> int:
+        return self.manifest.num_fgrams
+
+    @property
+    def dim(self) -> int:
+        return self.manifest.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What row values are rounded to, whatever they are stored as."""
+        return self.manifest.row_codec.torch_dtype
+
+    @property
+    def max_n(self) -> int:
+        """The longest f-gram: so many of the last token ids decide a match."""
+        return self.manifest.max_n
+
+    @property
+    def closed(self) -> bool:
+        """Whether the prefix and the suffix of every f-gram are in the table too."""
+        return self.manifest.closed
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return tuple(
+            Tier(r.tier, r.name, r.begin, r.end, (r.end - r.begin) * self._row_bytes) for r in self._readers
+        )
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files mapped into memory, whether present or not."""
+        files = self._files
+        return (
+            files.index.buckets.nbytes + files.rows.nbytes + files.page_sums.nbytes + files.index_sums.nbytes
+        )
+
+    def check_model(self, model_hash: str, tokenizer_hash: str) -> None:
+        """Raises TableError unless the table was built from this model and for this tokenizer."""
+        for what, ours, theirs in (
+            ("model", self.manifest.model_hash, model_hash),
+            ("tokenizer", self.manifest.tokenizer_hash, tokenizer_hash),
+        ):
+            if ours != theirs:
+                raise TableError(
+                    f"the table {self._files.path} was built for {what} {ours[:12]}, this {what} is"
+                    f" {theirs[:12]}: give the {what} it was built for, or build a table for this one"
+                )
+
+    def match(self, input_ids: Ids) -> Matches:
+        """The longest f-gram that ends at each position of one sequence.
+
+        Args:
+            input_ids: (n,) token ids.
+
+        Returns:
+            row_ids: (n,) int64, -1 where no f-gram ends.
+            matched_len: (n,) int8, tokens of the f-gram; 1 where there is none.
+
+        Raises:
+            RowReadError: the index is damaged or cannot be read.
+        """
+        try:
+            matches = self._matcher.match(_token_array(input_ids))
+        except DamagedDataError as error:
+            raise self._index_error(error) from None
+        self.stats.add_lookups(matches[1])
+        return matches
+
+    def match_last(self, windows: NDArray[Any] | Tensor) -> Matches:
+        """The longest f-gram that ends at the last position of each window.
+
+        Args:
+            windows: (batch, width) token ids, newest last, padded with -1 on the left. A width of max_n is
+                enough.
+
+        Returns:
+            row_ids (batch,) int64 and matched_len (batch,) int8, as `match`.
+
+        Raises:
+            RowReadError: the index is damaged or cannot be read.
+        """
+        try:
+            matches = self._matcher.match_last(_token_array(windows))
+        except DamagedDataError as error:
+            raise self._index_error(error) from None
+        self.stats.add_lookups(matches[1])
+        return matches
+
+    def rows(self, row_ids: Ids) -> Tensor:
+        """(n, dim) rows in the table's dtype; those of id -1 are undefined. Raises as `read_into`."""
+        ids = _row_id_array(row_ids)
+        out = torch.empty(len(ids), self.dim, dtype=self.dtype)
+        self.read_into(ids, out)
+        return out
+
+    def read_into(self, row_ids: Ids, out: Tensor) -> None:
+        """Writes row row_ids[i] to out[i], cast (to nearest, ties to even); blocks until all are read.
+
+        Args:
+            row_ids: (n,) int64; where it is -1, `out` stays untouched.
+            out: (n, dim) float32, bfloat16 or float16 on the CPU.
+
+        Raises:
+            IndexError: an id is beyond the table; nothing was written.
+            RowReadError: a row cannot be read or is damaged; `out` is then undefined.
+        """
+        ids = _row_id_array(row_ids)
+        for reader in self._readers:
+            started = time.perf_counter()
+            num_rows = reader.read_into(ids, out)
+            if num_rows:
+                seconds = time.perf_counter() - started
+                self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
+
+    def may_wait(self, row_ids: Ids) -> bool:
+        """Whether reading these rows may wait for a disk."""
+        ids = _row_id_array(row_ids)
+        return any(reader.may_wait(ids) for reader in self._readers)
+
+    def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
+        """The name of the tier of each row, "" where the id is -1."""
+        ids = _row_id_array(row_ids)
+        names = np.array(["", *(reader.tier for reader in self._readers)])
+        begins = np.array([reader.begin for reader in self._readers])
+        return names[np.where(ids < 0, 0, np.searchsorted(begins, ids, side="right"))]
+
+    def close(self) -> None:
+        """Ends the readers; no other call may be under way or follow."""
+        for reader in self._readers:
+            reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _index_error(self, error: DamagedDataError) -> RowReadError:
+        return RowReadError(f"{self._files.path}: {error}; check the table with `scone verify`")
+
+
+def _token_array(token_ids: Ids) -> NDArray[Any]:
+    array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+    return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
+
+
+def _row_id_array(row_ids: Ids) -> NDArray[np.int64]:
+    array = row_ids.numpy() if isinstance(row_ids, Tensor) else np.asarray(row_ids)
+    return np.ascontiguousarray(array, np.int64)

@@ -1,0 +1,89 @@
+"""What reads the rows of one tier: the protocol, and the reader of mapped files.
+
+A tier is a range of row ids, because rows lie in order of falling corpus count. All readers give the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache.errors import RowReadError
+from scone.kernels.errors import DamagedDataError
+from scone.kernels.gather import RowMemory
+from scone.model_store.table_files import TableFiles
+
+_WILL_NEED_ROWS = 32
+"""Below this many rows the hint costs more than it saves: a system call for each row."""
+
+
+class RowReader(Protocol):
+    """Reads rows [begin, end) of a table. Thread-safe."""
+
+    @property
+    def tier(self) -> str:
+        """`ram` or `disk`."""
+
+    @property
+    def name(self) -> str:
+        """How the rows are read: `ram`, `mmap`, `lmdb` or `direct`."""
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> int:
+        """Writes the rows of this tier among `row_ids` to the same places of `out`, and nothing elsewhere.
+
+        Returns:
+            The number of rows written.
+
+        Raises:
+            RowReadError: a row could not be read or does not fit its checksum.
+        """
+
+    def may_wait(self, row_ids: NDArray[np.int64]) -> bool:
+        """Whether reading those of `row_ids` that are in this tier may wait for a disk."""
+
+    def close(self) -> None: ...
+
+
+class MappedReader:
+    """Rows [begin, end) through the mapping of rows.bin or rows.lmdb and the kernel's page cache."""
+
+    tier = "disk"
+
+    def __init__(self, files: TableFiles, begin: int, end: int, num_threads: int = 1) -> None:
+        manifest = files.manifest
+        self.name = manifest.backend
+        self.begin, self.end = begin, end
+        self._path = files.rows_path
+        self._num_threads = num_threads
+        self._memory = RowMemory(
+            files.rows,
+            files.block_offsets,
+            manifest.rows_per_block,
+            manifest.num_fgrams,
+            manifest.row_codec,
+            files.page_sums,
+        )
+
+    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> int:
+        if len(row_ids) >= _WILL_NEED_ROWS and not self._memory.resident(row_ids, self.begin, self.end):
+            self._memory.will_need(row_ids, self.begin, self.end)
+        try:
+            return self._memory.gather(row_ids, self.begin, self.end, out, self._num_threads)
+        except DamagedDataError as error:
+            raise RowReadError(f"{self._path}: {error}; check the table with `scone verify`") from None
+
+    def may_wait(self, row_ids: NDArray[np.int64]) -> bool:
+        return not self._memory.resident(row_ids, self.begin, self.end)
+
+    def close(self) -> None:
+        """The mapping goes with the last view of it."""

@@ -1,0 +1,62 @@
+"""Plain counters of one table's look-ups and reads; the server exports them, tests assert that they moved."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TableStats:
+    """Counters that only grow. Read them at any time; writers hold the lock.
+
+    Attributes:
+        lookups: positions matched, by matched length (1: no f-gram).
+        rows_read, bytes_read, reads, read_seconds: by tier; bytes are those of the stored rows.
+        waits, wait_seconds: how often, and for how long, rows were awaited that had not arrived.
+        prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
+            (speculation beyond the budget), `failed`.
+        rows_requested, rows_unique: rows asked of the prefetcher before and after removing repetitions.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.lookups: Counter[int] = Counter()
+        self.rows_read: Counter[str] = Counter()
+        self.bytes_read: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.read_seconds: dict[str, float] = {}
+        self.waits = 0
+        self.wait_seconds = 0.0
+        self.prefetches: Counter[str] = Counter()
+        self.rows_requested = 0
+        self.rows_unique = 0
+
+    def add_lookups(self, matched_len: NDArray[np.int8]) -> None:
+        counts = np.bincount(matched_len)
+        with self._lock:
+            for n in counts.nonzero()[0].tolist():
+                self.lookups[n] += int(counts[n])
+
+    def add_read(self, tier: str, num_rows: int, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self.reads[tier] += 1
+            self.rows_read[tier] += num_rows
+            self.bytes_read[tier] += num_bytes
+            self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds
+
+    def add_wait(self, seconds: float) -> None:
+        with self._lock:
+            self.waits += 1
+            self.wait_seconds += seconds
+
+    def add_prefetch(self, result: str) -> None:
+        with self._lock:
+            self.prefetches[result] += 1
+
+    def add_requested(self, num_rows: int, num_unique: int) -> None:
+        with self._lock:
+            self.rows_requested += num_rows
+            self.rows_unique += num_unique

@@ -1,0 +1,172 @@
+"""Rows by id out of memory (mapped or resident), decoded straight into the caller's tensor.
+
+`RowMemory` runs natively (native/gather.cpp: no GIL, several threads, a read error of a mapped file is an
+exception and not a dead process) or on its NumPy/torch oracle. Knows bytes and row ids, not files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.kernels.checksum import crc32c
+from scone.kernels.errors import DamagedDataError
+from scone.kernels.extension import native
+from scone.kernels.row_codec import DTYPE_IDS, RowCodec
+
+CHECK_BYTES = 4096
+"""One checksum covers this much of the row stream: the rows end to end."""
+
+_PAGE_FAULT = -1
+_DAMAGED_ROW = -2
+
+
+class RowMemory:
+    """The rows of a table as bytes in memory; thread-safe.
+
+    Row r lies in block r // rows_per_block, at the (r % rows_per_block)-th place; a flat file is one block.
+
+    Args:
+        data: the bytes; must outlive this object, as must the other arrays.
+        block_offsets: where in `data` each block begins, uint64.
+        page_sums: CRC-32C of each CHECK_BYTES of the row stream, uint32. With them a page is checked when
+            it is first read; None: the bytes were checked before.
+    """
+
+    def __init__(
+        self,
+        data: NDArray[np.uint8],
+        block_offsets: NDArray[np.uint64],
+        rows_per_block: int,
+        num_rows: int,
+        codec: RowCodec,
+        page_sums: NDArray[np.uint32] | None,
+    ) -> None:
+        self._data, self._block_offsets, self._page_sums = data, block_offsets, page_sums
+        self._rows_per_block, self._num_rows, self._codec = rows_per_block, num_rows, codec
+        self._native: Any = None
+        if native is not None:
+            self._native = native.RowMemory(
+                data,
+                block_offsets,
+                rows_per_block,
+                num_rows,
+                codec.codec_id,
+                codec.dtype_id,
+                codec.dim,
+                page_sums,
+            )
+
+    def gather(
+        self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor, num_threads: int = 1
+    ) -> int:
+        """Writes row row_ids[i] to out[i] wherever begin <= row_ids[i] < end, and nothing elsewhere.
+
+        Args:
+            row_ids: (n,) int64, contiguous.
+            out: (n, dim) on the CPU, of any float dtype of 4 or 2 bytes, values of a row side by side.
+
+        Returns:
+            The number of rows written.
+
+        Raises:
+            IndexError: an id is beyond the table; nothing was written.
+            DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
+        """
+        check_out(out, len(row_ids), self._codec)
+        if self._native is None:
+            return self._gather_reference(row_ids, begin, end, out)
+        result: int = self._native.gather(
+            row_ids,
+            begin,
+            end,
+            out.data_ptr(),
+            out.stride(0) * out.element_size(),
+            DTYPE_IDS[out.dtype],
+            num_threads,
+        )
+        if result == _PAGE_FAULT:
+            raise DamagedDataError("rows cannot be read: their file was truncated or the disk failed")
+        if result <= _DAMAGED_ROW:
+            raise DamagedDataError(
+                f"row {_DAMAGED_ROW - result} is damaged: its bytes do not fit their checksum"
+            )
+        return result
+
+    def resident(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
+        """Whether the rows of that range can be read without waiting for a disk; False if unknown."""
+        return self._native is not None and self._native.resident(row_ids, begin, end)
+
+    def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
+        """Starts reading the rows of that range from their mapped file, all at once; only a hint."""
+        if self._native is not None:
+            self._native.will_need(row_ids, begin, end)
+
+    def _gather_reference(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        """The oracle: one row after the other."""
+        if len(row_ids) and row_ids.max() >= self._num_rows:
+            raise IndexError("a row id exceeds the table")
+        num_written = 0
+        for i, row_id in enumerate(row_ids.tolist()):
+            if begin <= row_id < end:
+                self._check_reference(row_id)
+                stored = torch.from_numpy(self._row_bytes(row_id).copy())
+                out[i] = self._codec.decode_reference(stored[None])[0].to(out.dtype)
+                num_written += 1
+        return num_written
+
+    def _row_bytes(self, row_id: int) -> NDArray[np.uint8]:
+        block, within = divmod(row_id, self._rows_per_block)
+        size = self._codec.row_bytes
+        at = int(self._block_offsets[block]) + within * size
+        return self._data[at : at + size]
+
+    def _check_reference(self, row_id: int) -> None:
+        if self._page_sums is None:
+            return
+        size = self._codec.row_bytes
+        stream_bytes = self._num_rows * size
+        for page in range(row_id * size // CHECK_BYTES, ((row_id + 1) * size - 1) // CHECK_BYTES + 1):
+            begin, end = page * CHECK_BYTES, min((page + 1) * CHECK_BYTES, stream_bytes)
+            rows = range(begin // size, (end - 1) // size + 1)
+            stream = b"".join(self._row_bytes(row).tobytes() for row in rows)
+            if crc32c(stream[begin - rows[0] * size : end - rows[0] * size]) != self._page_sums[page]:
+                raise DamagedDataError(f"row {row_id} is damaged: its bytes do not fit their checksum")
+
+
+def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowCodec, out: Tensor) -> None:
+    """Writes the row stored at data[offsets[i]:] to out[i]; a negative offset leaves out[i] untouched."""
+    check_out(out, len(offsets), codec)
+    if native is not None:
+        native.decode_rows(
+            data,
+            offsets,
+            codec.codec_id,
+            codec.dtype_id,
+            codec.dim,
+            out.data_ptr(),
+            out.stride(0) * out.element_size(),
+            DTYPE_IDS[out.dtype],
+        )
+        return
+    for i, offset in enumerate(offsets.tolist()):
+        if offset >= 0:
+            stored = torch.from_numpy(data[offset : offset + codec.row_bytes].copy())
+            out[i] = codec.decode_reference(stored[None])[0].to(out.dtype)
+
+
+def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> None:
+    """Raises ValueError unless `out` can take `num_rows` decoded rows."""
+    if out.shape != (num_rows, codec.dim) or (codec.dim > 1 and out.stride(1) != 1):
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted"
+            f" ({num_rows}, {codec.dim}) with the values of a row side by side"
+        )
+    if out.dtype not in DTYPE_IDS or out.device.type != "cpu":
+        raise ValueError(
+            f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
+        )

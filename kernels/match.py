@@ -1,0 +1,159 @@
+"""Longest f-gram match: which stored f-gram, if any, ends at each token.
+
+`Matcher` runs natively (native/match.cpp) or, without the extension, on `match_reference`, its oracle: same
+results bit for bit. Knows the bucket index, not the files around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scone.kernels import fgram_hash
+from scone.kernels.errors import DamagedDataError
+from scone.kernels.extension import native
+
+MAX_N = 16
+"""The longest f-gram the kernels look for; the paper uses 5."""
+
+_PAGE_FAULT = -2
+_ENDS = np.zeros(2, np.int64)
+
+Matches = tuple[NDArray[np.int64], NDArray[np.int8]]
+"""Row ids (-1 where nothing matched) and matched lengths (1 where nothing matched)."""
+
+
+@dataclass(frozen=True, eq=False)
+class BucketIndex:
+    """The index as it lies in memory.
+
+    Attributes:
+        buckets: (num_buckets,) of fgram_hash.BUCKET_DTYPE; must outlive its matchers.
+        closed: every f-gram's prefix is stored too, hence len(t) <= len(t-1) + 1.
+    """
+
+    buckets: NDArray[np.void]
+    num_home_buckets: int
+    seed: int
+    fp_bits: int
+    max_n: int
+    closed: bool
+
+
+class Matcher:
+    """Longest matches against one index. Thread-safe; the native one releases the GIL."""
+
+    def __init__(self, index: BucketIndex) -> None:
+        self._index = index
+        self._native: Any = None
+        if native is not None:
+            self._native = native.Matcher(
+                index.buckets.view(np.uint8).reshape(-1),
+                index.num_home_buckets,
+                len(index.buckets),
+                *fgram_hash.lane_seeds(index.seed),
+                index.fp_bits,
+                index.max_n,
+                index.closed,
+            )
+
+    def match(self, tokens: NDArray[Any], starts: NDArray[np.int64] | None = None) -> Matches:
+        """Matches every position of one or several sequences.
+
+        Args:
+            tokens: (n,) int32 or int64; a negative token ends every f-gram that would reach across it.
+            starts: (num_sequences + 1,) int64, where each sequence begins, then n; None: one sequence.
+
+        Raises:
+            DamagedDataError: a bucket does not fit its check bits or cannot be read.
+        """
+        rows = np.empty(len(tokens), np.int64)
+        lengths = np.empty(len(tokens), np.int8)
+        if starts is None:
+            starts = np.array((0, len(tokens)), np.int64)
+        if self._native is None:
+            return match_reference(self._index, tokens, starts)
+        _raise_fault(self._native.match(np.ascontiguousarray(tokens), starts, rows, lengths))
+        return rows, lengths
+
+    def match_last(self, windows: NDArray[Any]) -> Matches:
+        """Matches the last position of each window.
+
+        Args:
+            windows: (batch, width) int32 or int64, newest token last, padded with -1 on the left.
+
+        Raises:
+            DamagedDataError: a bucket does not fit its check bits or cannot be read.
+        """
+        batch, width = windows.shape
+        if self._native is None:
+            starts = np.arange(batch + 1, dtype=np.int64) * width
+            all_rows, all_lengths = match_reference(self._index, windows.reshape(-1), starts)
+            return all_rows[width - 1 :: width], all_lengths[width - 1 :: width]
+        rows = np.empty(batch, np.int64)
+        lengths = np.empty(batch, np.int8)
+        _raise_fault(self._native.match_last(windows, rows, lengths))
+        return rows, lengths
+
+
+def match_reference(index: BucketIndex, tokens: NDArray[Any], starts: NDArray[np.int64]) -> Matches:
+    """The oracle of Matcher.match: tries every length at every position, longest first."""
+    num_tokens = len(tokens)
+    rows = np.full(num_tokens, -1, np.int64)
+    lengths = np.ones(num_tokens, np.int8)
+    first = np.repeat(starts[:-1], np.diff(starts))
+    positions = np.arange(num_tokens)
+    tokens = tokens.astype(np.int64)
+    seed_a, seed_b = fgram_hash.lane_seeds(index.seed)
+    lane_a = np.full(num_tokens, seed_a, np.uint64)
+    lane_b = np.full(num_tokens, seed_b, np.uint64)
+    reaches = np.ones(num_tokens, bool)
+    for n in range(1, index.max_n + 1):
+        at = np.maximum(positions - (n - 1), 0)
+        reaches &= (positions - (n - 1) >= first) & (tokens[at] >= 0) & (tokens[at] < 1 << 31)
+        token = np.where(reaches, tokens[at], 0)
+        lane_a = fgram_hash.extend(lane_a, token, fgram_hash.MULTIPLIER_A)
+        lane_b = fgram_hash.extend(lane_b, token, fgram_hash.MULTIPLIER_B)
+        if n >= 2:
+            found = find_reference(index, lane_a[reaches], lane_b[reaches])
+            longer = positions[reaches][found >= 0]
+            rows[longer] = found[found >= 0]
+            lengths[longer] = n
+    return rows, lengths
+
+
+def find_reference(
+    index: BucketIndex, lane_a: NDArray[np.uint64], lane_b: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Row ids of the hashed f-grams, -1 where absent; raises DamagedDataError."""
+    found = np.full(len(lane_a), -1, np.int64)
+    fingerprints = fgram_hash.fingerprints(lane_b, index.fp_bits)
+    bucket_ids = fgram_hash.home_buckets(lane_a, index.num_home_buckets)
+    searching = np.arange(len(lane_a))
+    while len(searching):
+        wanted = bucket_ids[searching]
+        if np.any(wanted >= len(index.buckets)):
+            _raise_fault(int(wanted.max()))
+        buckets = index.buckets[wanted]
+        damaged = fgram_hash.bucket_checks(buckets) != buckets["meta"] >> 8
+        if np.any(damaged):
+            _raise_fault(int(wanted[damaged][0]))
+        hits = (buckets["fingerprint"] == fingerprints[searching, None]) & (
+            buckets["row"] != fgram_hash.EMPTY_ROW
+        )
+        hit = hits.any(axis=1)
+        found[searching[hit]] = buckets["row"][hit, hits[hit].argmax(axis=1)]
+        further = ~hit & (buckets["meta"] & fgram_hash.FLAG_PASSED != 0)
+        searching = searching[further]
+        bucket_ids[searching] += 1
+    return found
+
+
+def _raise_fault(fault: int) -> None:
+    if fault == _PAGE_FAULT:
+        raise DamagedDataError("the index cannot be read: its file was truncated or the disk failed")
+    if fault >= 0:
+        raise DamagedDataError(f"bucket {fault} of the index is damaged: it does not fit its check bits")

@@ -1,0 +1,222 @@
+// Rows by id out of mapped or resident memory, decoded straight into the caller's tensor.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "crc32c.hpp"
+#include "decode_row.hpp"
+#include "fault_guard.hpp"
+
+namespace nb = nanobind;
+
+namespace scone {
+
+template <class T>
+using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Results of gather: the number of rows written, or a fault.
+constexpr int64_t kPageFault = -1;
+constexpr int64_t kDamagedRow = -2;  // kDamagedRow - r: row r does not fit its checksum
+constexpr size_t kPageBytes = 4096;             // granularity of mincore and madvise; larger pages are multiples
+constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
+constexpr int64_t kBytesPerThread = 512 << 10;  // below this, starting a thread costs more than it saves
+constexpr int64_t kRowsAhead = 4;               // rows whose first lines are on their way while one is copied
+
+// The rows of one table as bytes in memory. Row r lies in block r / rows_per_block; rows.bin is one block.
+class RowMemory {
+  public:
+    RowMemory(Array1<uint8_t> bytes, Array1<uint64_t> block_offsets, int64_t rows_per_block, int64_t num_rows,
+              int codec, int dtype, int64_t dim, std::optional<Array1<uint32_t>> page_sums)
+        : bytes_(bytes.data()),
+          blocks_(block_offsets.data()),
+          rows_per_block_(rows_per_block),
+          num_rows_(num_rows),
+          format_{Codec(codec), FloatType(dtype), dim},
+          row_bytes_(stored_row_bytes(format_)) {
+        if (rows_per_block < 1 || num_rows < 1 || dim < 1) throw std::invalid_argument("empty rows");
+        int64_t num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
+        if (int64_t(block_offsets.size()) != num_blocks) throw std::invalid_argument("wrong number of blocks");
+        for (int64_t b = 0; b < num_blocks; b++) {
+            uint64_t rows = uint64_t(std::min(rows_per_block, num_rows - b * rows_per_block));
+            if (blocks_[b] > bytes.size() || bytes.size() - blocks_[b] < rows * row_bytes_)
+                throw std::invalid_argument("a block reaches beyond the end of the rows");
+        }
+        if (page_sums) {
+            size_t num_pages = (size_t(num_rows) * row_bytes_ + kCheckBytes - 1) / kCheckBytes;
+            if (page_sums->size() != num_pages) throw std::invalid_argument("wrong number of checksums");
+            sums_ = page_sums->data();
+            checked_ = std::make_unique<std::atomic<uint8_t>[]>((num_pages + 7) / 8);
+        }
+    }
+
+    // out[i] = row ids[i] for begin <= ids[i] < end; other rows of out stay untouched.
+    // Returns the number of rows written, kPageFault, or kDamagedRow - row. No id is followed before all of
+    // them are known to be inside the table.
+    int64_t gather(Array1<int64_t> ids, int64_t begin, int64_t end, uintptr_t out, int64_t out_stride_bytes,
+                   int out_type, int num_threads) {
+        if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
+        int64_t n = int64_t(ids.size());
+        for (int64_t i = 0; i < n; i++)
+            if (ids.data()[i] >= num_rows_) throw std::out_of_range("a row id exceeds the table");
+        int64_t by_size = n * int64_t(row_bytes_) / kBytesPerThread;
+        int64_t threads = std::clamp<int64_t>(std::min<int64_t>(num_threads, by_size), 1, 64);
+        auto target = reinterpret_cast<uint8_t*>(out);
+        const int64_t* id = ids.data();
+        nb::gil_scoped_release unlocked;
+        std::vector<int64_t> results(size_t(threads), 0);
+        auto work = [&, begin, end](int64_t t) {
+            int64_t from = n * t / threads, to = n * (t + 1) / threads;
+            int64_t* result = &results[size_t(t)];
+            bool readable = guarded([&] {
+                *result = gather_range(id, from, to, begin, end, target, out_stride_bytes, FloatType(out_type));
+            });
+            if (!readable) *result = kPageFault;
+        };
+        std::vector<std::thread> helpers;
+        for (int64_t t = 1; t < threads; t++) helpers.emplace_back(work, t);
+        work(0);
+        for (auto& helper : helpers) helper.join();
+        int64_t total = 0;
+        for (int64_t result : results) {
+            if (result < 0) return result;
+            total += result;
+        }
+        return total;
+    }
+
+    // Whether every row with begin <= ids[i] < end is in memory already. A page that is not is what makes a
+    // read slow; the answer may be outdated when it arrives.
+    bool resident(Array1<int64_t> ids, int64_t begin, int64_t end) const {
+        if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
+        nb::gil_scoped_release unlocked;
+        for (size_t i = 0; i < ids.size(); i++) {
+            int64_t row = ids.data()[i];
+            if (row < begin || row >= end) continue;
+            uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
+            size_t size = uintptr_t(address(row)) + row_bytes_ - first;
+            unsigned char pages[1 + (1 << 20) / kPageBytes];
+            if (size > (1 << 20) || mincore(reinterpret_cast<void*>(first), size, pages) != 0) return false;
+            for (size_t p = 0; p * kPageBytes < size; p++)
+                if (!(pages[p] & 1)) return false;
+        }
+        return true;
+    }
+
+    // Asks the kernel to read the pages of these rows, many at a time, before they are touched one by one.
+    void will_need(Array1<int64_t> ids, int64_t begin, int64_t end) const {
+        if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
+        nb::gil_scoped_release unlocked;
+        for (size_t i = 0; i < ids.size(); i++) {
+            int64_t row = ids.data()[i];
+            if (row < begin || row >= end) continue;
+            uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
+            madvise(reinterpret_cast<void*>(first), uintptr_t(address(row)) + row_bytes_ - first, MADV_WILLNEED);
+        }
+    }
+
+  private:
+    const uint8_t* address(int64_t row) const {
+        int64_t block = row / rows_per_block_;
+        return bytes_ + blocks_[block] + size_t(row - block * rows_per_block_) * row_bytes_;
+    }
+
+    int64_t gather_range(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end, uint8_t* out,
+                         int64_t out_stride_bytes, FloatType out_type) {
+        int64_t num_written = 0;
+        for (int64_t i = from; i < to; i++) {
+            if (i + kRowsAhead < to) {
+                int64_t later = ids[i + kRowsAhead];
+                if (later >= begin && later < end) {
+                    const uint8_t* p = address(later);
+                    // the hardware prefetcher goes on from here
+                    __builtin_prefetch(p);
+                    __builtin_prefetch(p + 64);
+                    __builtin_prefetch(p + 128);
+                    __builtin_prefetch(p + 192);
+                }
+            }
+            int64_t row = ids[i];
+            if (row < begin || row >= end) continue;
+            if (sums_ != nullptr && !row_is_sound(row)) return kDamagedRow - row;
+            decode_row(format_, address(row), out + i * out_stride_bytes, out_type);
+            num_written++;
+        }
+        return num_written;
+    }
+
+    // Each page of the row stream is checked when it is first read; the result is remembered in one bit.
+    bool row_is_sound(int64_t row) {
+        size_t first = size_t(row) * row_bytes_ / kCheckBytes;
+        size_t last = (size_t(row + 1) * row_bytes_ - 1) / kCheckBytes;
+        for (size_t page = first; page <= last; page++) {
+            uint8_t bit = uint8_t(1u << (page & 7));
+            if (checked_[page >> 3].load(std::memory_order_relaxed) & bit) continue;
+            if (stream_sum(page) != sums_[page]) return false;
+            checked_[page >> 3].fetch_or(bit, std::memory_order_relaxed);
+        }
+        return true;
+    }
+
+    // CRC of one page of the row stream: the rows end to end, whatever blocks they are stored in.
+    uint32_t stream_sum(size_t page) const {
+        size_t at = page * kCheckBytes;
+        size_t end = std::min(at + kCheckBytes, size_t(num_rows_) * row_bytes_);
+        size_t block_bytes = size_t(rows_per_block_) * row_bytes_;
+        uint32_t crc = 0;
+        while (at < end) {
+            size_t block = at / block_bytes, within = at % block_bytes;
+            size_t piece = std::min(end - at, block_bytes - within);
+            crc = crc32c(crc, bytes_ + blocks_[block] + within, piece);
+            at += piece;
+        }
+        return crc;
+    }
+
+    const uint8_t* bytes_;
+    const uint64_t* blocks_;
+    int64_t rows_per_block_, num_rows_;
+    RowFormat format_;
+    size_t row_bytes_;
+    const uint32_t* sums_ = nullptr;
+    std::unique_ptr<std::atomic<uint8_t>[]> checked_;
+};
+
+// out[i] = the row stored at bytes + offsets[i]; a negative offset leaves out[i] untouched.
+static void decode_rows(Array1<uint8_t> bytes, Array1<int64_t> offsets, int codec, int dtype, int64_t dim,
+                        uintptr_t out, int64_t out_stride_bytes, int out_type) {
+    RowFormat format{Codec(codec), FloatType(dtype), dim};
+    int64_t last = int64_t(bytes.size()) - int64_t(stored_row_bytes(format));
+    for (size_t i = 0; i < offsets.size(); i++)
+        if (offsets.data()[i] > last) throw std::invalid_argument("a row reaches beyond the end of the bytes");
+    nb::gil_scoped_release unlocked;
+    for (size_t i = 0; i < offsets.size(); i++) {
+        if (offsets.data()[i] < 0) continue;
+        decode_row(format, bytes.data() + offsets.data()[i],
+                   reinterpret_cast<uint8_t*>(out) + int64_t(i) * out_stride_bytes, FloatType(out_type));
+    }
+}
+
+void register_gather(nb::module_& m) {
+    nb::class_<RowMemory>(m, "RowMemory")
+        .def(nb::init<Array1<uint8_t>, Array1<uint64_t>, int64_t, int64_t, int, int, int64_t,
+                      std::optional<Array1<uint32_t>>>(),
+             nb::arg("bytes"), nb::arg("block_offsets"), nb::arg("rows_per_block"), nb::arg("num_rows"),
+             nb::arg("codec"), nb::arg("dtype"), nb::arg("dim"), nb::arg("page_sums").none(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 9>())
+        .def("gather", &RowMemory::gather)
+        .def("resident", &RowMemory::resident)
+        .def("will_need", &RowMemory::will_need);
+    m.def("decode_rows", &decode_rows);
+}
+
+}  // namespace scone
