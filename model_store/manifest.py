@@ -58,6 +58,7 @@ class TableManifest:
     row_bytes: int
     rows_per_block: int
     model_hash: str
+    fgram_model_hash: str
     tokenizer_hash: str
     fgram_set_hash: str
     min_count: int

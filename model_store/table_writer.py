@@ -72,12 +72,15 @@ class TableWriter:
         backend: str = "mmap",
         model_hash: str,
         tokenizer_hash: str,
+        fgram_model_hash: str = "",
         fp_bits: int = 64,
     ) -> TableWriter:
         """Begins a table, or resumes the build of the same one.
 
         Args:
             dtype: what row values are rounded to: float32, bfloat16 or float16.
+            model_hash: the main model's, which the server compares with the one it serves.
+            fgram_model_hash: of the model that makes the rows, so that no other one resumes the build.
             fp_bits: width of the index's fingerprints; fewer than 64 only to test collisions.
 
         Raises:
@@ -99,6 +102,7 @@ class TableWriter:
         identity = {
             "format_version": FORMAT_VERSION,
             "model_hash": model_hash,
+            "fgram_model_hash": fgram_model_hash,
             "tokenizer_hash": tokenizer_hash,
             "fgram_set_hash": fgrams.hash,
             "dim": dim,
@@ -274,6 +278,7 @@ class TableWriter:
             row_bytes=codec.row_bytes,
             rows_per_block=per_block,
             model_hash=self._identity["model_hash"],
+            fgram_model_hash=self._identity["fgram_model_hash"],
             tokenizer_hash=self._identity["tokenizer_hash"],
             fgram_set_hash=self._identity["fgram_set_hash"],
             min_count=int(self._fgrams.counts[-1]),
