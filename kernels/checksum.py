@@ -11,6 +11,8 @@ from scone.kernels.errors import DamagedDataError
 from scone.kernels.extension import native
 
 _POLYNOMIAL = 0x82F63B78
+_MIN_PAGES_AT_ONCE = 32
+"""Below this, a NumPy call for each column of bytes costs more than plain Python for each byte."""
 
 
 def crc32c_pages(data: NDArray[np.uint8], page_bytes: int) -> NDArray[np.uint32]:
@@ -39,12 +41,26 @@ def crc32c_pages_reference(data: NDArray[np.uint8], page_bytes: int) -> NDArray[
 
 
 def _advance(pages: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """(n, size) -> (n,): byte by byte, but all pages at once."""
+    """(n, size) -> (n,): byte by byte, but all pages at once if that pays."""
     table = _table()
+    if len(pages) < _MIN_PAGES_AT_ONCE:
+        return np.array([_advance_one(page.tobytes()) for page in pages], np.uint32)
     crc = np.full(len(pages), 0xFFFFFFFF, np.uint32)
     for column in range(pages.shape[1]):
         crc = table[(crc ^ pages[:, column]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
     return ~crc
+
+
+def _advance_one(page: bytes) -> int:
+    table, crc = _table_in_python(), 0xFFFFFFFF
+    for byte in page:
+        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+@cache
+def _table_in_python() -> list[int]:
+    return [int(entry) for entry in _table()]
 
 
 @cache
