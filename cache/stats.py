@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
+
+READ_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Upper bounds for the histogram of read durations: from a few cached rows to a slow disk."""
 
 
 class TableStats:
@@ -15,6 +19,7 @@ class TableStats:
     Attributes:
         lookups: positions matched, by matched length (1: no f-gram).
         rows_read, bytes_read, reads, read_seconds: by tier; bytes are those of the stored rows.
+        reads_within: by tier and index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
         waits, wait_seconds: how often, and for how long, rows were awaited that had not arrived.
         prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
             (speculation beyond the budget), `failed`.
@@ -28,6 +33,7 @@ class TableStats:
         self.bytes_read: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
         self.read_seconds: dict[str, float] = {}
+        self.reads_within: Counter[tuple[str, int]] = Counter()
         self.waits = 0
         self.wait_seconds = 0.0
         self.prefetches: Counter[str] = Counter()
@@ -43,6 +49,7 @@ class TableStats:
     def add_read(self, tier: str, num_rows: int, num_bytes: int, seconds: float) -> None:
         with self._lock:
             self.reads[tier] += 1
+            self.reads_within[tier, bisect_left(READ_SECONDS_BUCKETS, seconds)] += 1
             self.rows_read[tier] += num_rows
             self.bytes_read[tier] += num_bytes
             self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds

@@ -14,7 +14,9 @@ from scone.server.api.state import ServedModel
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
 from scone.server.serve_settings import engine_config, model_name
+from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
+from scone.server.table_metrics import TableCollector
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +38,34 @@ class ModelLoader:
             config = engine_config(settings, checkpoint.config.max_position)
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
+        table = None
+        if settings.table is not None:
+            with self._phase("table", f"opening the table {settings.table}"):
+                table = ServedTable(settings.table, num_threads=torch.get_num_threads())
+                table.table.check_model(checkpoint.model_hash, tokenizer.hash)
+                logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):
             decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
         with self._phase("engine", "starting the engine"):
-            engine = Engine(config, decoder, tokenizer, None, checkpoint.model_hash)
-            engine.observer = self._metrics
+            engine = Engine(
+                config,
+                decoder,
+                tokenizer,
+                None if table is None else table.table,
+                checkpoint.model_hash,
+                row_source=None if table is None else table.prefetcher,
+                table_id="" if table is None else table.table.manifest.table_id,
+                observer=self._metrics,
+            )
             engine.start()
             self._metrics.watch_engine(engine.stats)
+            if table is not None:
+                self._metrics.watch_table(TableCollector(table))
         return ServedModel(
             name=model_name(settings),
             engine=engine,
             tokenizer=tokenizer,
+            table=table,
             max_model_len=config.max_model_len,
         )
 

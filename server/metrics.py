@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from scone.server.process_metrics import ProcessMemoryCollector
 from scone.server.sequence import FinishReason, GenerationRequest, RequestUsage
@@ -70,6 +78,7 @@ class ServerMetrics:
     """Implements the engine's observer; other parts hold a reference and move their own metrics."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asked for
         self.registry = CollectorRegistry()
         self._make_request_metrics()
         self._make_engine_metrics()
@@ -86,9 +95,13 @@ class ServerMetrics:
         self._num_waiting.set_function(lambda: stats().num_waiting)
         self._kv_cache_usage.set_function(lambda: stats().kv_cache_usage)
 
+    def watch_table(self, collector: Collector) -> None:
+        """Exports a table's counters as well."""
+        self.registry.register(collector)
+
     def _make_request_metrics(self) -> None:
         counter, histogram = self._counter, self._histogram
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests.")
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.request_success = counter("request_success", "Sequences that ended.", "finished_reason")
         for reason in FINISH_REASONS:
@@ -147,7 +160,6 @@ class ServerMetrics:
         self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
     ) -> None:
         self.request_success.labels(reason).inc()
-        self._prompt_tokens.inc(usage.num_prompt_tokens)
         self._generation_tokens.inc(usage.num_generated_tokens)
         self._e2e_request_latency.observe(seconds)
         self._request_queue_time.observe(usage.queue_seconds)

@@ -14,6 +14,7 @@ _API = ApiConfig()
 
 MODEL_SETTINGS = (
     Setting(name="model", required=True, help="GGUF file, Hugging Face folder or SCONE checkpoint folder"),
+    Setting(name="table", help="f-gram table made by `scone build`; none serves the plain model"),
     Setting(
         name="served_model_name", help="name in /v1/models and in requests (default: the model's file name)"
     ),

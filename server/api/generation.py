@@ -51,6 +51,7 @@ class Generation:
             self._state.metrics.admission_rejections.labels(error.code).inc()
             raise
         self._state.in_flight.add(self)
+        self._state.metrics.prompt_tokens.inc(sum(len(request.input_ids) for request in self._requests))
 
     @property
     def keep_alive_interval(self) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
+from scone.kernels.errors import SconeError
 from scone.server.api.errors import ApiError, error_responses
 from scone.server.api.state import Phase, ServerState
 from scone.server.version import version
@@ -40,7 +42,7 @@ async def health(request: Request) -> Any:
 async def ready(request: Request) -> Any:
     """200 while requests should be sent here: loaded, healthy, not stopping, and the table can be read."""
     state: ServerState = request.app.state.server
-    _ = state.model
+    model = state.model
     failure = state.failure()
     if failure is not None:
         raise ApiError(503, failure, code="unhealthy")
@@ -48,6 +50,13 @@ async def ready(request: Request) -> Any:
         raise ApiError(
             503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"}
         )
+    if model.table is not None:
+        try:
+            await to_thread.run_sync(model.table.check_readable)
+        except SconeError as error:
+            raise ApiError(
+                503, f"The f-gram table cannot be read: {error}", code="table_unreadable"
+            ) from None
     return HealthStatus(status=state.phase)
 
 

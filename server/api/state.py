@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scone.model_store.tokenizer import Tokenizer
     from scone.server.api.config import ApiConfig
     from scone.server.api.generation import Generation
+    from scone.server.served_table import ServedTable
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class ServedModel:
     name: str
     engine: EngineDoor
     tokenizer: Tokenizer
+    table: ServedTable | None
     max_model_len: int
     created: int = field(default_factory=lambda: int(time.time()))
 

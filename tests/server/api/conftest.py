@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,15 +21,21 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from scone.model_store.decoder import Decoder
+from scone.model_store.fgram_set import FGramSet
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.api.app import create_app
 from scone.server.api.config import ApiConfig
 from scone.server.api.http_server import HttpServer, listen
 from scone.server.api.state import ServedModel, ServerState
+from scone.server.engine.engine import Engine
+from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine_door import OnDelta
 from scone.server.errors import UnavailableError
 from scone.server.metrics import ServerMetrics
 from scone.server.sequence import Delta, GenerationRequest, RequestUsage, TokenLogprob
+from scone.server.served_table import ServedTable
+from scone.server.table_metrics import TableCollector
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -215,6 +223,65 @@ def serve() -> Serve:
     return run
 
 
+@pytest.fixture(scope="session")
+def served_table(
+    tokenizer: Tokenizer,
+    fgram_set: Callable[..., FGramSet],
+    write_table: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServedTable]:
+    """A table of a few f-grams, rows of the tiny decoder's width."""
+    counts = Counter(
+        {tuple(tokenizer.encode(text)): 9 - i for i, text in enumerate(["ab", "bc", "abc", "xy", "abcd"])}
+    )
+    served = ServedTable(write_table(tmp_path_factory.mktemp("tables") / "letters", fgram_set(counts)))
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="session")
+def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served_table: ServedTable) -> Serve:
+    """`with serve_real(engine_config, **ApiConfig fields) as server`: real engine, tiny random model."""
+
+    @contextmanager
+    def run(engine_config: EngineConfig | None = None, **config: Any) -> Iterator[LiveServer]:
+        metrics = ServerMetrics()
+        engine = Engine(
+            engine_config or EngineConfig(max_model_len=256, kv_cache_bytes=1 << 23),
+            tiny_decoder,
+            tokenizer,
+            served_table.table,
+            "tiny",
+            row_source=served_table.prefetcher,
+            table_id=served_table.table.manifest.table_id,
+            observer=metrics,
+        )
+        engine.start()
+        metrics.watch_engine(engine.stats)
+        metrics.watch_table(TableCollector(served_table))
+        model = ServedModel(
+            name="tiny",
+            engine=engine,
+            tokenizer=tokenizer,
+            table=served_table,
+            max_model_len=engine.config.max_model_len,
+        )
+        try:
+            with serve(model, metrics, **config) as server:
+                yield server
+        finally:
+            engine.shutdown(timeout_seconds=0)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def server(serve_real: Serve) -> Iterator[LiveServer]:
+    """One for all tests that leave nothing behind."""
+    with serve_real() as server:
+        yield server
+
+
 @pytest.fixture
 def scripted(tokenizer: Tokenizer) -> ScriptedEngine:
     return ScriptedEngine(tokenizer)
@@ -222,7 +289,7 @@ def scripted(tokenizer: Tokenizer) -> ScriptedEngine:
 
 @pytest.fixture
 def scripted_model(scripted: ScriptedEngine, tokenizer: Tokenizer) -> ServedModel:
-    return ServedModel(name="tiny", engine=scripted, tokenizer=tokenizer, max_model_len=512)
+    return ServedModel(name="tiny", engine=scripted, tokenizer=tokenizer, table=None, max_model_len=512)
 
 
 @pytest.fixture
