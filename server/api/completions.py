@@ -41,7 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state.warn_unknown(body.refuse_unsupported())
     _check_combinations(body, state)
     completion = _Completion(state, model, body)
-    await completion.admit(request.scope["state"]["request_id"])
+    await completion.admit(request.state.request_id)
     return await respond(request, completion.generation, completion, stream=body.stream)
 
 
