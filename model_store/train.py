@@ -80,8 +80,8 @@ def train(
 ) -> FGramModel:
     """Trains (or goes on training) an f-gram model, its state and curve kept in `out`.
 
-    A SIGTERM saves and returns early; the same call resumes. Raises CheckpointError if `out` holds
-    another run.
+    A SIGTERM saves and returns early; the same call resumes, also towards another number of steps.
+    Raises CheckpointError if `out` holds another run.
     """
     out.mkdir(parents=True, exist_ok=True)
     decoder.requires_grad_(False)
@@ -199,8 +199,8 @@ class _Run:
         if not path.exists():
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config):
-            changed = sorted(k for k, v in asdict(self.config).items() if state["config"].get(k) != v)
+        changed = sorted(k for k, v in asdict(self.config).items() if state["config"].get(k) != v)
+        if changed not in ([], ["steps"]):  # a run may be made longer, or be cooled down sooner
             raise CheckpointError(
                 f"{self.out} holds a run with another {', '.join(changed)}; "
                 "resume with the same settings, or choose another --out"

@@ -144,3 +144,15 @@ def test_tokenizer_hash_is_the_same_from_a_json_file(tokenizer: Tokenizer, tmp_p
 
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     assert tokenizer_from_file(tmp_path / "tokenizer.json").hash == tokenizer.hash
+
+
+def test_gguf_fields_equal_the_librarys_own(smollm2_path: Path) -> None:
+    from gguf import GGUFReader
+
+    from scone.model_store.gguf_file import GGUFFile
+
+    ours, theirs = GGUFFile(smollm2_path)._reader, GGUFReader(smollm2_path)
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].contents() == field.contents()
+    assert [t.data_offset for t in ours.tensors] == [t.data_offset for t in theirs.tensors]

@@ -1,0 +1,89 @@
+"""`scone eval`: perplexity with and without the table, and which f-grams were hit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache import FGramTable
+from scone.model_store.checkpoint import Checkpoint, open_checkpoint
+from scone.model_store.corpus import read_documents
+from scone.model_store.decoder import Decoder
+from scone.model_store.perplexity import measure_perplexity
+from scone.model_store.token_corpus import tokenize
+from scone.model_store.token_stream import TokenStream
+from scone.server.settings import Command, Resolved, Setting
+
+
+class TableInputs:
+    """Embeddings whose matched positions come from a table, counting matches by length."""
+
+    def __init__(self, decoder: Decoder, table: FGramTable) -> None:
+        self._decoder, self._table = decoder, table
+        self.positions_by_n = np.zeros(table.max_n + 1, dtype=np.int64)
+
+    def __call__(self, input_ids: NDArray[np.int32]) -> Tensor:
+        row_ids, matched_len = self._table.match(input_ids)
+        self.positions_by_n += np.bincount(matched_len, minlength=len(self.positions_by_n))
+        embeddings = self._decoder.embed(torch.from_numpy(input_ids.astype(np.int64))).clone()
+        self._table.read_into(row_ids, embeddings)
+        return embeddings
+
+
+def run(settings: Resolved) -> int:
+    checkpoint = open_checkpoint(settings.model)
+    tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder()
+    table = _open_table(settings.table, checkpoint)
+    for path in settings.corpus:
+        stream = TokenStream.from_corpus(tokenize(read_documents([path]), tokenizer), tokenizer)
+        _evaluate(Path(path).name, decoder, table, stream, settings)
+    return 0
+
+
+def _open_table(path: str | None, checkpoint: Checkpoint) -> FGramTable | None:
+    if path is None:
+        return None
+    table = FGramTable.open(path)
+    table.check_model(checkpoint.model_hash, checkpoint.tokenizer().hash)
+    return table
+
+
+def _evaluate(
+    name: str, decoder: Decoder, table: FGramTable | None, stream: TokenStream, settings: Resolved
+) -> None:
+    def plain(input_ids: NDArray[np.int32]) -> Tensor:
+        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
+
+    if table is None:
+        (base,) = measure_perplexity(decoder, stream, [plain], settings.seq_len, settings.max_tokens)
+        print(f"{name}: perplexity {base.value:.3f} over {base.num_tokens:,} tokens")
+        return
+    inputs = TableInputs(decoder, table)
+    base, with_table = measure_perplexity(
+        decoder, stream, [plain, inputs], settings.seq_len, settings.max_tokens
+    )
+    share = inputs.positions_by_n / inputs.positions_by_n.sum()
+    hits = ", ".join(f"{n}: {share[n]:.1%}" for n in range(2, len(share)))
+    print(
+        f"{name}: perplexity {base.value:.3f} without the table, {with_table.value:.3f} with it "
+        f"({with_table.value / base.value:.4f}x) over {base.num_tokens:,} tokens; "
+        f"longest match by length: none {share[1]:.1%}, {hits}"
+    )
+
+
+COMMAND = Command(
+    name="eval",
+    help="perplexity with and without a table",
+    settings=(
+        Setting(name="corpus", help="text to evaluate on", positional=True, many=True, required=True),
+        Setting(name="model", help="GGUF file or model folder", required=True),
+        Setting(name="table", help="table of `scone build`"),
+        Setting(name="seq_len", help="tokens per window; each starts without context", kind=int, default=192),
+        Setting(name="max_tokens", help="tokens per corpus at most", kind=int, default=50_000),
+    ),
+    run=run,
+)
