@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -47,6 +48,15 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             raise CorpusError(f"corpus path {path} holds no files")
         files += found
     return files
+
+
+def corpus_identity(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """Hex SHA-256 over names, sizes and modification times of all files; raises CorpusError."""
+    digest = hashlib.sha256()
+    for path in find_files(paths):
+        status = path.stat()
+        digest.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:

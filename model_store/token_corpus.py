@@ -11,17 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from scone.model_store.errors import CorpusError
-from scone.model_store.tokenizer import Tokenizer
-
-# Enough for all cores to have work, little enough to keep the token ids of one batch small (about 1M).
-BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +51,7 @@ class TokenCorpus:
         return digest.hexdigest()
 
     @classmethod
-    def from_documents(cls, documents: Iterable[Sequence[int]]) -> TokenCorpus:
+    def from_documents(cls, documents: Iterable[Sequence[int] | NDArray[Any]]) -> TokenCorpus:
         """A corpus in memory."""
         arrays = [np.asarray(document, np.int32) for document in documents]
         offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
@@ -83,31 +79,3 @@ class TokenCorpus:
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise CorpusError(f"{path} is no tokenised corpus: {error}") from None
         return cls(tokens, offsets)
-
-
-def tokenize(texts: Iterable[str], tokenizer: Tokenizer, *, progress: bool = True) -> TokenCorpus:
-    """The token ids of each text, without special tokens, encoded in batches on all cores."""
-    parts: list[NDArray[np.int32]] = []
-    lengths: list[int] = []
-    with tqdm(desc="tokenize", unit="token", unit_scale=True, disable=not progress) as bar:
-        for batch in _batches(texts):
-            for ids in tokenizer.encode_batch(batch):
-                parts.append(np.array(ids, np.int32))
-                lengths.append(len(ids))
-            bar.update(sum(lengths[-len(batch) :]))
-            bar.set_postfix(documents=len(lengths), refresh=False)
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    return TokenCorpus(np.concatenate([np.zeros(0, np.int32), *parts]), offsets)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

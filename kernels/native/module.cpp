@@ -7,6 +7,7 @@ namespace scone {
 void register_crc32c(nb::module_&);
 void register_gather(nb::module_&);
 void register_match(nb::module_&);
+void register_ngram_count(nb::module_&);
 }  // namespace scone
 
 NB_MODULE(_native, m) {
@@ -14,4 +15,5 @@ NB_MODULE(_native, m) {
     scone::register_crc32c(m);
     scone::register_gather(m);
     scone::register_match(m);
+    scone::register_ngram_count(m);
 }

@@ -1,14 +1,14 @@
-"""`scone count`: corpus -> f-gram set."""
+"""`scone count`: corpus -> f-gram set. A count that was ended goes on when the command is given again."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from scone.model_store.checkpoint import open_checkpoint
-from scone.model_store.corpus import read_documents
 from scone.model_store.count import count_fgrams
 from scone.model_store.fgram_set import FGramSet
-from scone.model_store.token_corpus import tokenize
+from scone.model_store.tokenize_corpus import tokenize_files
 from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
 from scone.server.errors import SettingError
 from scone.server.settings import Command, Resolved, Setting
@@ -18,16 +18,22 @@ def run(settings: Resolved) -> int:
     for name, least in (("max_n", 2), ("min_count", 1), ("top", 1)):
         if settings.values[name] < least:
             raise SettingError(f"{name} is {settings.values[name]}, wanted >= {least}")
+    if not settings.memory > 0:
+        raise SettingError(f"memory is {settings.memory}, wanted > 0 GiB")
     tokenizer = open_tokenizer(settings.tokenizer)
-    corpus = tokenize(read_documents(settings.corpus), tokenizer)
+    work = settings.out.with_name(settings.out.name + ".work")
+    corpus = tokenize_files(settings.corpus, tokenizer, work / "tokens")
     fgrams = count_fgrams(
         corpus,
         max_n=settings.max_n,
         min_count=settings.min_count,
         top=settings.top,
         tokenizer_hash=tokenizer.hash,
+        memory_bytes=int(settings.memory * 2**30),
+        work=work / "count",
     )
     fgrams.save(settings.out)
+    shutil.rmtree(work)
     print(describe(fgrams, corpus.num_documents, settings.out))
     return 0
 
@@ -54,7 +60,7 @@ def describe(fgrams: FGramSet, num_documents: int, out: Path) -> str:
 
 COMMAND = Command(
     name="count",
-    help="count the f-gram set of a corpus",
+    help="count the f-gram set of a corpus; goes on where an interrupted count stopped",
     settings=(
         Setting(
             name="corpus",
@@ -67,6 +73,12 @@ COMMAND = Command(
         Setting(name="max_n", kind=int, default=5, help="longest f-gram in tokens (K)"),
         Setting(name="min_count", kind=int, default=5, help="rarer n-grams are not considered"),
         Setting(name="top", kind=int, default=1_000_000, help="how many f-grams to keep (S)"),
+        Setting(
+            name="memory",
+            kind=float,
+            default=4.0,
+            help="GiB for counting; a corpus that needs more (24 bytes a token) is counted on disk",
+        ),
         Setting(name="out", kind=Path, help="the f-gram set file to write", required=True),
     ),
     run=run,

@@ -14,8 +14,8 @@ from scone.model_store.checkpoint import Checkpoint, open_checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
 from scone.model_store.perplexity import measure_perplexity
-from scone.model_store.token_corpus import tokenize
 from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize
 from scone.server.settings import Command, Resolved, Setting
 
 

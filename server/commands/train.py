@@ -11,8 +11,8 @@ from scone.model_store.checkpoint import open_checkpoint, save_scone_folder
 from scone.model_store.corpus import read_documents
 from scone.model_store.errors import FGramSetError
 from scone.model_store.fgram_set import FGramSet
-from scone.model_store.token_corpus import tokenize
 from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize
 from scone.model_store.train import TrainConfig, train
 from scone.server.errors import SettingError
 from scone.server.settings import Command, Resolved, Setting, parse_bool

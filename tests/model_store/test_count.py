@@ -5,12 +5,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scone.kernels import ngram_count
+from scone.kernels.ngram_count import NGramSource, ngram_keys
 from scone.model_store import count
 from scone.model_store.count import count_fgrams
 from scone.model_store.fgram_set import FGramSet
@@ -107,3 +110,84 @@ def test_the_record_says_what_was_counted() -> None:
 def test_impossible_settings_are_refused(max_n: int, min_count: int, top: int) -> None:
     with pytest.raises(ValueError, match="wanted"):
         counted([[1, 2]], max_n, min_count, top)
+
+
+@pytest.fixture
+def zipf_corpus() -> TokenCorpus:
+    rng = np.random.default_rng(0)
+    return TokenCorpus.from_documents([rng.zipf(1.3, size).clip(0, 999) for size in (0, 7, 4000, 1, 900)])
+
+
+SETTINGS: dict[str, Any] = {"max_n": 4, "min_count": 2, "top": 900, "tokenizer_hash": "t", "progress": False}
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 20_000, 60_000])
+def test_a_count_on_disk_is_the_count_in_memory(
+    zipf_corpus: TokenCorpus, memory_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = count_fgrams(zipf_corpus, **SETTINGS)
+    monkeypatch.setattr(count, "CHUNK_TOKENS", 500)
+    monkeypatch.setattr(count, "MAX_PARTITIONS", 200)
+    work = tmp_path / "work"
+    assert count_fgrams(zipf_corpus, memory_bytes=memory_bytes, work=work, **SETTINGS).hash == expected.hash
+    assert not work.exists()
+    with pytest.raises(ValueError, match="give `work`"):
+        count_fgrams(zipf_corpus, memory_bytes=memory_bytes, **SETTINGS)
+
+
+@pytest.mark.parametrize("kernel", ["ngram_keys", "count_keys", "KeyIndex"])
+@pytest.mark.parametrize("num_calls", [1, 10, 25])
+def test_an_ended_count_goes_on(
+    zipf_corpus: TokenCorpus, kernel: str, num_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in one kernel or another of one scan or another; finished scans are not repeated."""
+    monkeypatch.setattr(count, "CHUNK_TOKENS", 500)
+    on_disk: dict[str, Any] = {**SETTINGS, "memory_bytes": 20_000, "work": tmp_path / "work"}
+    real = getattr(count, kernel)
+    calls: list[int] = []
+
+    def ended(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(count, kernel, ended)
+        try:
+            count_fgrams(zipf_corpus, **on_disk)
+        except KeyboardInterrupt:
+            finished = len(list((tmp_path / "work").glob("level-*.npz")))
+        else:
+            assert len(calls) < num_calls  # it never came to that
+            return
+    expected = count_fgrams(zipf_corpus, **SETTINGS)
+    scanned: set[int] = set()
+
+    def recorded(source: NGramSource, *arguments: Any) -> Any:
+        scanned.add(source.n)
+        return ngram_keys(source, *arguments)
+
+    monkeypatch.setattr(count, "ngram_keys", recorded)
+    assert count_fgrams(zipf_corpus, **on_disk).hash == expected.hash
+    assert scanned == set(range(2 + finished, 5))
+
+
+def test_what_another_count_left_is_not_used(zipf_corpus: TokenCorpus, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(count, "_ranked", None)
+        with pytest.raises(TypeError):
+            count_fgrams(zipf_corpus, memory_bytes=1, work=work, **SETTINGS)
+    assert (work / "level-4.npz").exists()
+    other = TokenCorpus.from_documents([[1, 2, 1, 2]] * 3)
+    fgrams = count_fgrams(other, memory_bytes=1, work=work, **SETTINGS)
+    assert fgrams.hash == count_fgrams(other, **SETTINGS).hash
+
+
+def test_without_the_extension_the_count_is_the_same(
+    zipf_corpus: TokenCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = count_fgrams(zipf_corpus, **SETTINGS)
+    monkeypatch.setattr(ngram_count, "native", None)
+    assert count_fgrams(zipf_corpus, **SETTINGS).hash == expected.hash

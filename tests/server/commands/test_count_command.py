@@ -38,6 +38,11 @@ def test_the_file_holds_the_counted_set(
     for same in (tmp_path / "tokenizer.json", smollm2_path):
         assert main(["count", CORPUS, "--tokenizer", str(same), *arguments]) == 0
         assert out.read_bytes() == first
+    # 0.1 MiB do not hold the keys: the count goes over the disk
+    on_disk = ["--tokenizer", str(tmp_path), "--memory", "0.0001"]
+    assert main(["count", CORPUS, *on_disk, *arguments]) == 0
+    assert out.read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["json.fgrams", "tokenizer.json"]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,7 @@ def test_the_file_holds_the_counted_set(
     [
         (["--top", "0"], 2, "top is 0, wanted >= 1"),
         (["--max-n", "1"], 2, "max_n is 1, wanted >= 2"),
+        (["--memory", "nan"], 2, "memory is nan, wanted > 0 GiB"),
         (["--max-n", "many"], 2, "bad value for max_n"),
         ([], 1, "nowhere.json is missing"),
     ],
