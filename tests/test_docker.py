@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from scone.model_store.fgram_set import FGramSet
+from scone.server.metrics import ServerMetrics
+from scone.server.served_table import ServedTable
+from scone.server.table_metrics import TableCollector
+
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -104,6 +109,22 @@ def test_dashboards_use_the_provisioned_source() -> None:
     for path in DASHBOARDS:
         panels = [p for p in json.loads(path.read_text())["panels"] if p["type"] != "row"]
         assert {p["datasource"]["uid"] for p in panels} == {source["uid"]}
+
+
+def test_every_metric_named_is_exported(zipf_fgrams: FGramSet, write_table: Any, tmp_path: Path) -> None:
+    metrics = ServerMetrics()
+    served = ServedTable(write_table(tmp_path / "table", zipf_fgrams))
+    metrics.registry.register(TableCollector(served))
+    page = metrics.exposition()[0].decode()
+    served.close()
+    exported = set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
+    exported |= {name + end for name in exported for end in ("_bucket", "_sum", "_count")}
+    alerts = (DOCKER / "prometheus/alerts.yml").read_text()
+    named = {
+        name for text in (*expressions(), alerts) for name in re.findall(r"\b(?:scone|process)_\w+", text)
+    }
+    assert len(named) > 30
+    assert sorted(named - exported) == []
 
 
 def test_prometheus_configuration_and_alerts() -> None:
