@@ -2,5 +2,6 @@
 
 from scone.cache.fgram_table import FGramTable, Tier
 from scone.cache.prefetcher import PendingRows, Prefetcher
+from scone.cache.table_config import TableConfig
 
-__all__ = ["FGramTable", "PendingRows", "Prefetcher", "Tier"]
+__all__ = ["FGramTable", "PendingRows", "Prefetcher", "TableConfig", "Tier"]

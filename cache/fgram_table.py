@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import RowReadError
+from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.stats import TableStats
+from scone.cache.table_config import TableConfig
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.match import Matcher, Matches
 from scone.model_store.errors import TableError
@@ -53,26 +56,34 @@ class FGramTable:
             rows = table.rows(row_ids)
     """
 
-    def __init__(self, files: TableFiles, readers: Sequence[RowReader]) -> None:
+    def __init__(self, files: TableFiles, disk: RowReader, ram: RamRows | None = None) -> None:
         """Use `open`."""
         self.stats = TableStats()
         self._files = files
-        self._readers = tuple(readers)
+        self._disk = disk
+        self._ram = ram
         self._matcher = Matcher(files.index)
         self._row_bytes = files.manifest.row_bytes
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, num_threads: int = 1) -> Self:
+    def open(cls, path: str | os.PathLike[str], config: TableConfig | None = None) -> Self:
         """Opens the table in directory `path`, reading no more than its headers.
 
-        Args:
-            num_threads: threads that may share one large read.
+        A RAM tier fills in the background; the table serves meanwhile.
 
         Raises:
             TableError: the table is missing, incomplete, truncated, or damaged where it was looked at.
         """
+        config = config or TableConfig()
         files = open_table_files(path)
-        return cls(files, [MappedReader(files, 0, files.manifest.num_fgrams, num_threads)])
+        manifest = files.manifest
+        disk: RowReader
+        if config.disk_reader == "direct" and manifest.backend == "mmap":
+            disk = DirectReader(files, config.io_depth)
+        else:
+            disk = MappedReader(files, config.num_threads)
+        num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
+        return cls(files, disk, RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None)
 
     @property
     def manifest(self) -> TableManifest:
@@ -103,9 +114,20 @@ class FGramTable:
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
+        """As they are now, the fastest first; none is empty."""
         return tuple(
-            Tier(r.tier, r.name, r.begin, r.end, (r.end - r.begin) * self._row_bytes) for r in self._readers
+            Tier(reader.tier, reader.name, begin, end, (end - begin) * self._row_bytes)
+            for reader, begin, end in self._plan()
         )
+
+    @property
+    def ram_loaded(self) -> bool:
+        """Whether the RAM tier holds all the rows it was given room for."""
+        return self._ram is None or self._ram.num_loaded == self._ram.num_rows
+
+    def wait_loaded(self, timeout: float | None = None) -> bool:
+        """Waits until the RAM tier is full or its loading failed; returns `ram_loaded`."""
+        return self._ram is None or self._ram.wait_loaded(timeout)
 
     @property
     def mapped_bytes(self) -> int:
@@ -186,9 +208,11 @@ class FGramTable:
             RowReadError: a row cannot be read or is damaged; `out` is then undefined.
         """
         ids = _row_id_array(row_ids)
-        for reader in self._readers:
+        if len(ids) and ids.max() >= self.num_fgrams:
+            raise IndexError(f"row id {ids.max()} is beyond the table's {self.num_fgrams} rows")
+        for reader, begin, end in self._plan():
             started = time.perf_counter()
-            num_rows = reader.read_into(ids, out)
+            num_rows = reader.read_into(ids, begin, end, out)
             if num_rows:
                 seconds = time.perf_counter() - started
                 self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
@@ -196,25 +220,38 @@ class FGramTable:
     def may_wait(self, row_ids: Ids) -> bool:
         """Whether reading these rows may wait for a disk."""
         ids = _row_id_array(row_ids)
-        return any(reader.may_wait(ids) for reader in self._readers)
+        num_ram_rows = self._ram.num_loaded if self._ram else 0
+        return num_ram_rows < self.num_fgrams and self._disk.may_wait(ids, num_ram_rows, self.num_fgrams)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""
         ids = _row_id_array(row_ids)
-        names = np.array(["", *(reader.tier for reader in self._readers)])
-        begins = np.array([reader.begin for reader in self._readers])
+        plan = self._plan()
+        names = np.array(["", *(reader.tier for reader, _, _ in plan)])
+        begins = np.array([begin for _, begin, _ in plan])
         return names[np.where(ids < 0, 0, np.searchsorted(begins, ids, side="right"))]
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
-        for reader in self._readers:
-            reader.close()
+        if self._ram is not None:
+            self._ram.close()
+        self._disk.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _plan(self) -> list[tuple[RamRows | RowReader, int, int]]:
+        """Who reads which rows: the RAM tier what it has loaded, the disk the rest."""
+        num_ram_rows = self._ram.num_loaded if self._ram else 0
+        plan: list[tuple[RamRows | RowReader, int, int]] = []
+        if self._ram is not None and num_ram_rows:
+            plan.append((self._ram, 0, num_ram_rows))
+        if num_ram_rows < self.num_fgrams:
+            plan.append((self._disk, num_ram_rows, self.num_fgrams))
+        return plan
 
     def _index_error(self, error: DamagedDataError) -> RowReadError:
         return RowReadError(f"{self._files.path}: {error}; check the table with `scone verify`")

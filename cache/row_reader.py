@@ -1,7 +1,6 @@
-"""What reads the rows of one tier: the protocol, and the reader of mapped files.
+"""What reads rows from disk: the protocol, and the reader of mapped files.
 
-A tier is a range of row ids, because rows lie in order of falling corpus count. All readers give the same
-bytes.
+All readers give the same bytes; which one is used never shows in a row.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _WILL_NEED_ROWS = 32
 
 
 class RowReader(Protocol):
-    """Reads rows [begin, end) of a table. Thread-safe."""
+    """Reads rows of one table. Thread-safe."""
 
     @property
     def tier(self) -> str:
@@ -32,14 +31,8 @@ class RowReader(Protocol):
     def name(self) -> str:
         """How the rows are read: `ram`, `mmap`, `lmdb` or `direct`."""
 
-    @property
-    def begin(self) -> int: ...
-
-    @property
-    def end(self) -> int: ...
-
-    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> int:
-        """Writes the rows of this tier among `row_ids` to the same places of `out`, and nothing elsewhere.
+    def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        """Writes row row_ids[i] to out[i] wherever begin <= row_ids[i] < end, and nothing elsewhere.
 
         Returns:
             The number of rows written.
@@ -48,21 +41,24 @@ class RowReader(Protocol):
             RowReadError: a row could not be read or does not fit its checksum.
         """
 
-    def may_wait(self, row_ids: NDArray[np.int64]) -> bool:
-        """Whether reading those of `row_ids` that are in this tier may wait for a disk."""
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
+        """Whether reading those of `row_ids` that are in [begin, end) may wait for a disk."""
 
     def close(self) -> None: ...
 
 
 class MappedReader:
-    """Rows [begin, end) through the mapping of rows.bin or rows.lmdb and the kernel's page cache."""
+    """Reads through the mapping of rows.bin or rows.lmdb and the kernel's page cache.
+
+    A page is checked when it is first read; a page that the kernel drops and reads again is not checked
+    again.
+    """
 
     tier = "disk"
 
-    def __init__(self, files: TableFiles, begin: int, end: int, num_threads: int = 1) -> None:
+    def __init__(self, files: TableFiles, num_threads: int = 1) -> None:
         manifest = files.manifest
         self.name = manifest.backend
-        self.begin, self.end = begin, end
         self._path = files.rows_path
         self._num_threads = num_threads
         self._memory = RowMemory(
@@ -74,16 +70,16 @@ class MappedReader:
             files.page_sums,
         )
 
-    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> int:
-        if len(row_ids) >= _WILL_NEED_ROWS and not self._memory.resident(row_ids, self.begin, self.end):
-            self._memory.will_need(row_ids, self.begin, self.end)
+    def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        if len(row_ids) >= _WILL_NEED_ROWS and not self._memory.resident(row_ids, begin, end):
+            self._memory.will_need(row_ids, begin, end)
         try:
-            return self._memory.gather(row_ids, self.begin, self.end, out, self._num_threads)
+            return self._memory.gather(row_ids, begin, end, out, self._num_threads)
         except DamagedDataError as error:
             raise RowReadError(f"{self._path}: {error}; check the table with `scone verify`") from None
 
-    def may_wait(self, row_ids: NDArray[np.int64]) -> bool:
-        return not self._memory.resident(row_ids, self.begin, self.end)
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
+        return not self._memory.resident(row_ids, begin, end)
 
     def close(self) -> None:
         """The mapping goes with the last view of it."""

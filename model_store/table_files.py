@@ -7,9 +7,11 @@ everything. Knows bytes and checksums; matching and reading rows is the cache fl
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scone.kernels.checksum import crc32c, crc32c_pages
+from scone.kernels.checksum import crc32c_pages
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.fgram_hash import BUCKET_DTYPE
 from scone.kernels.gather import CHECK_BYTES
@@ -39,13 +41,13 @@ from scone.model_store.table_writer import BLOCKS_NAME, FGRAMS_NAME, INDEX_NAME,
 _BYTES_PER_SCAN = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TableFiles:
-    """A mapped table; the arrays are views of the files, read-only, and must not outlive this object.
+    """A mapped table; the arrays are views of the files, read-only.
 
     Attributes:
         rows: the bytes of rows.bin or rows.lmdb, header included.
-        rows_path: the file of `rows`, for readers that do not go through the mapping.
+        rows_path: the file of `rows`; `rows_fd` is the same file, open until `close`.
         block_offsets: where in `rows` each block of `manifest.rows_per_block` rows begins, uint64.
         page_sums: CRC-32C of each CHECK_BYTES of the row stream, uint32.
         index_sums: the same of the buckets.
@@ -56,22 +58,54 @@ class TableFiles:
     index: BucketIndex
     rows: NDArray[np.uint8]
     rows_path: Path
+    rows_fd: int
     block_offsets: NDArray[np.uint64]
     page_sums: NDArray[np.uint32]
     index_sums: NDArray[np.uint32]
 
-    def stream_page(self, page: int) -> bytes:
-        """One page of the row stream: CHECK_BYTES of the rows end to end, fewer at the end."""
-        at, block_bytes = page * CHECK_BYTES, self.manifest.rows_per_block * self.manifest.row_bytes
-        end = min(at + CHECK_BYTES, self.manifest.stream_bytes)
-        pieces = []
-        while at < end:
-            block, within = divmod(at, block_bytes)
-            size = min(end - at, block_bytes - within)
-            begin = int(self.block_offsets[block]) + within
-            pieces.append(self.rows[begin : begin + size].tobytes())
-            at += size
-        return b"".join(pieces)
+    def __post_init__(self) -> None:
+        weakref.finalize(self.rows, os.close, self.rows_fd)
+
+    def read_stream(self, begin: int, out: memoryview) -> None:
+        """Reads the row stream (the rows end to end) from byte `begin` on, by pread.
+
+        Unlike access through the mapping, a read that fails is an exception.
+
+        Raises:
+            OSError: the disk failed, or the file ended early.
+        """
+        block_bytes = self.manifest.rows_per_block * self.manifest.row_bytes
+        done = 0
+        while done < len(out):
+            block, within = divmod(begin + done, block_bytes)
+            size = min(len(out) - done, block_bytes - within)
+            piece = out[done : done + size]
+            got = os.preadv(self.rows_fd, [piece], int(self.block_offsets[block]) + within)
+            if got == 0:
+                raise OSError(errno.EIO, "the file ended early")
+            done += got
+
+    def read_pages(self, first: int, end: int) -> NDArray[np.uint8]:
+        """Pages [first, end) of the row stream, CHECK_BYTES each, the last of the table maybe fewer;
+        unchecked.
+
+        Raises:
+            OSError: as `read_stream`.
+        """
+        begin = first * CHECK_BYTES
+        data = np.empty(min(end * CHECK_BYTES, self.manifest.stream_bytes) - begin, np.uint8)
+        self.read_stream(begin, data.data)
+        return data
+
+    def check_pages(self, first: int, data: NDArray[np.uint8]) -> None:
+        """Raises TableError if `data`, pages of the row stream from `first` on, is damaged."""
+        sums = crc32c_pages(data, CHECK_BYTES)
+        wrong = sums != self.page_sums[first : first + len(sums)]
+        if np.any(wrong):
+            page = first + int(wrong.argmax())
+            raise TableError(
+                f"{self.rows_path} is damaged: page {page} of the rows does not fit its checksum"
+            )
 
 
 def open_table_files(path: str | os.PathLike[str]) -> TableFiles:
@@ -80,14 +114,11 @@ def open_table_files(path: str | os.PathLike[str]) -> TableFiles:
     manifest = TableManifest.read(table)
     try:
         files = _open(table, manifest)
+        # A file of the right size from another table, or zeros after a crash, would pass until it is read.
+        for page in (0, len(files.page_sums) - 1):
+            files.check_pages(page, files.read_pages(page, page + 1))
     except OSError as error:
         raise TableError(f"cannot open the table {table}: {error}") from None
-    # A file of the right size from another table, or zeros after a crash, would pass until the first read.
-    for page in {0, len(files.page_sums) - 1}:
-        if crc32c(files.stream_page(page)) != files.page_sums[page]:
-            raise TableError(
-                f"{files.rows_path} is damaged: page {page} of the rows does not fit its checksum"
-            )
     return files
 
 
@@ -115,7 +146,7 @@ def verify_table_files(
     try:
         _verify_index(files, on_progress)
         _verify_rows(files, on_progress)
-    except DamagedDataError as error:
+    except (DamagedDataError, OSError) as error:
         raise TableError(f"{files.path}: {error}") from None
     fgrams = FGramSet.load(files.path / FGRAMS_NAME)
     if fgrams.hash != files.manifest.fgram_set_hash:
@@ -137,7 +168,8 @@ def _open(table: Path, manifest: TableManifest) -> TableFiles:
     sums = _map(table, SUMS_NAME, manifest, SUMS_MAGIC, (num_index_pages, num_row_pages, CHECK_BYTES, 0, 0))
     if manifest.backend == "lmdb":
         rows_path = table / lmdb_rows.ROWS_NAME
-        rows = _map_file(rows_path)
+        rows_fd = os.open(rows_path, os.O_RDONLY | os.O_CLOEXEC)
+        rows = _map_file(rows_fd)
         num_blocks = -(-num_rows // manifest.rows_per_block)
         wanted = (num_blocks, manifest.rows_per_block, manifest.row_bytes, 0, 0)
         blocks = _map(table, BLOCKS_NAME, manifest, BLOCKS_MAGIC, wanted)
@@ -145,7 +177,9 @@ def _open(table: Path, manifest: TableManifest) -> TableFiles:
     else:
         rows_path = table / ROWS_NAME
         row_shape = (num_rows, codec.row_bytes, codec.dim, codec.codec_id, codec.dtype_id)
-        rows = _map(table, ROWS_NAME, manifest, ROWS_MAGIC, row_shape)
+        rows_fd = os.open(rows_path, os.O_RDONLY | os.O_CLOEXEC)
+        _check_header(os.pread(rows_fd, HEADER_BYTES, 0), rows_path, manifest, ROWS_MAGIC, row_shape)
+        rows = _map_file(rows_fd)
         block_offsets = np.array([HEADER_BYTES], np.uint64)
     all_sums = sums[HEADER_BYTES:].view("<u4")
     return TableFiles(
@@ -161,6 +195,7 @@ def _open(table: Path, manifest: TableManifest) -> TableFiles:
         ),
         rows=rows,
         rows_path=rows_path,
+        rows_fd=rows_fd,
         block_offsets=block_offsets,
         page_sums=all_sums[num_index_pages:],
         index_sums=all_sums[:num_index_pages],
@@ -183,19 +218,24 @@ def _map(
     """Maps a file after comparing its header with the manifest."""
     path = table / name
     with open(path, "rb") as file:
-        header = TableHeader.from_bytes(file.read(HEADER_BYTES), path)
+        _check_header(file.read(HEADER_BYTES), path, manifest, magic, numbers)
+        return _map_file(file.fileno())
+
+
+def _check_header(
+    data: bytes, path: Path, manifest: TableManifest, magic: bytes, numbers: tuple[int, ...]
+) -> None:
+    header = TableHeader.from_bytes(data, path)
     if header.magic != magic or header.numbers != numbers:
         raise TableError(f"{path} is damaged: its header does not fit the manifest")
     if header.table_id != manifest.table_id:
         raise TableError(
             f"{path} belongs to another table ({header.table_id[:12]}, wanted {manifest.table_id[:12]})"
         )
-    return _map_file(path)
 
 
-def _map_file(path: Path) -> NDArray[np.uint8]:
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _map_file(fd: int) -> NDArray[np.uint8]:
+    mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     # Without this the kernel reads ahead: hundreds of times the bytes that random rows need.
     mapping.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapping, np.uint8)
@@ -211,33 +251,23 @@ def _verify_hash(path: Path, sha256: str) -> None:
         raise TableError(f"{path} is damaged: its SHA-256 is {found[:12]}, wanted {sha256[:12]}")
 
 
+def _verify_rows(files: TableFiles, on_progress: Callable[[int], None]) -> None:
+    pages_per_scan = _BYTES_PER_SCAN // CHECK_BYTES
+    for first in range(0, len(files.page_sums), pages_per_scan):
+        data = files.read_pages(first, first + pages_per_scan)
+        files.check_pages(first, data)
+        on_progress(len(data))
+
+
 def _verify_index(files: TableFiles, on_progress: Callable[[int], None]) -> None:
     data = files.index.buckets.view(np.uint8).reshape(-1)
-    _verify_pages(data, files.index_sums, files.path / INDEX_NAME, on_progress)
-
-
-def _verify_rows(files: TableFiles, on_progress: Callable[[int], None]) -> None:
-    if files.manifest.backend == "mmap":
-        data = files.rows[HEADER_BYTES : HEADER_BYTES + files.manifest.stream_bytes]
-        _verify_pages(data, files.page_sums, files.rows_path, on_progress)
-        return
-    for page, wanted in enumerate(files.page_sums.tolist()):
-        stored = files.stream_page(page)
-        if crc32c(stored) != wanted:
-            raise TableError(
-                f"{files.rows_path} is damaged: page {page} of the rows does not fit its checksum"
-            )
-        on_progress(len(stored))
-
-
-def _verify_pages(
-    data: NDArray[np.uint8], sums: NDArray[np.uint32], path: Path, on_progress: Callable[[int], None]
-) -> None:
     pages_per_scan = _BYTES_PER_SCAN // CHECK_BYTES
-    for first in range(0, len(sums), pages_per_scan):
+    for first in range(0, len(files.index_sums), pages_per_scan):
         part = data[first * CHECK_BYTES : (first + pages_per_scan) * CHECK_BYTES]
-        wrong = crc32c_pages(part, CHECK_BYTES) != sums[first : first + pages_per_scan]
+        wrong = crc32c_pages(part, CHECK_BYTES) != files.index_sums[first : first + pages_per_scan]
         if np.any(wrong):
             page = first + int(wrong.argmax())
-            raise TableError(f"{path} is damaged: page {page} after its header does not fit its checksum")
+            raise TableError(
+                f"{files.path / INDEX_NAME} is damaged: page {page} of the buckets does not fit its checksum"
+            )
         on_progress(len(part))

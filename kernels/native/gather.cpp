@@ -60,14 +60,11 @@ class RowMemory {
     }
 
     // out[i] = row ids[i] for begin <= ids[i] < end; other rows of out stay untouched.
-    // Returns the number of rows written, kPageFault, or kDamagedRow - row. No id is followed before all of
-    // them are known to be inside the table.
+    // Returns the number of rows written, kPageFault, or kDamagedRow - row.
     int64_t gather(Array1<int64_t> ids, int64_t begin, int64_t end, uintptr_t out, int64_t out_stride_bytes,
                    int out_type, int num_threads) {
         if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
         int64_t n = int64_t(ids.size());
-        for (int64_t i = 0; i < n; i++)
-            if (ids.data()[i] >= num_rows_) throw std::out_of_range("a row id exceeds the table");
         int64_t by_size = n * int64_t(row_bytes_) / kBytesPerThread;
         int64_t threads = std::clamp<int64_t>(std::min<int64_t>(num_threads, by_size), 1, 64);
         auto target = reinterpret_cast<uint8_t*>(out);

@@ -5,6 +5,7 @@ namespace nb = nanobind;
 
 namespace scone {
 void register_crc32c(nb::module_&);
+void register_disk_read(nb::module_&);
 void register_gather(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
@@ -13,6 +14,7 @@ void register_ngram_count(nb::module_&);
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels of scone-serve; each has a NumPy or torch oracle beside its Python door.";
     scone::register_crc32c(m);
+    scone::register_disk_read(m);
     scone::register_gather(m);
     scone::register_match(m);
     scone::register_ngram_count(m);

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from scone.cache import FGramTable
+from scone.cache import FGramTable, TableConfig
 from scone.cache.errors import RowReadError
 from scone.kernels.row_codec import CODECS, RowCodec
 from scone.model_store.errors import TableError
@@ -85,7 +85,7 @@ def test_rows_equal_the_codec_of_the_written_rows(
     ids = torch.randperm(len(plain_rows), generator=torch.Generator().manual_seed(1))
     ids[::7] = -1
     for backend in BACKENDS:
-        with FGramTable.open(tables[f"{backend}-{codec}"], num_threads=2) as table:
+        with FGramTable.open(tables[f"{backend}-{codec}"], TableConfig(num_threads=2)) as table:
             assert (table.dim, table.dtype, table.max_n) == (DIM, torch.bfloat16, 5)
             # every second row of a wider tensor: strided
             out = torch.full((len(ids), 2, DIM), 9.0, dtype=out_dtype)[:, 0]

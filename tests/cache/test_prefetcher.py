@@ -27,14 +27,14 @@ class GatedReader(MappedReader):
     broken: frozenset[int] = frozenset()
     reads: list[int]
 
-    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> int:
+    def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         assert self.gate.wait(30)
         self.reads.append(len(row_ids))
         if self.broken & set(row_ids.tolist()):
             raise RowReadError("the disk reported an I/O error (EIO)")
-        return super().read_into(row_ids, out)
+        return super().read_into(row_ids, begin, end, out)
 
-    def may_wait(self, row_ids: NDArray[np.int64]) -> bool:
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
         return bool((row_ids >= 0).any())
 
 
@@ -50,9 +50,9 @@ def path(
 @pytest.fixture
 def slow(path: Path) -> Iterator[tuple[FGramTable, GatedReader]]:
     files = open_table_files(path)
-    reader = GatedReader(files, 0, files.manifest.num_fgrams)
+    reader = GatedReader(files)
     reader.gate, reader.reads = threading.Event(), []
-    yield FGramTable(files, [reader]), reader
+    yield FGramTable(files, reader), reader
     reader.gate.set()
 
 

@@ -1,0 +1,147 @@
+"""Reads rows past the kernel's page cache: O_DIRECT, many at a time, each page checked each time.
+
+The rows wanted become pages, the pages spans: without repetition, in file order, neighbours merged. A cold
+prompt is then one deep-queued read at the disk's own speed, and memory stays what the caller gave. Only for
+rows.bin: its pages lie where the checksums' pages lie.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache.errors import RowReadError
+from scone.kernels.checksum import crc32c_pages
+from scone.kernels.disk_read import SpanReader, open_span_reader
+from scone.kernels.gather import CHECK_BYTES, decode_rows
+from scone.model_store.table_files import TableFiles
+from scone.model_store.table_header import HEADER_BYTES
+
+_logger = logging.getLogger(__name__)
+
+_MAX_SPAN_PAGES = 32
+"""Longer runs of neighbours are cut, so that one of them does not hold up the rest of the queue."""
+
+
+class DirectReader:
+    """Reads rows of one rows.bin. Thread-safe: each call reads into a buffer of its own."""
+
+    tier = "disk"
+    name = "direct"
+
+    def __init__(self, files: TableFiles, depth: int = 64) -> None:
+        self._files = files
+        self._codec = files.manifest.row_codec
+        self._fd = _open_direct(files)
+        self._spans: SpanReader = open_span_reader(self._fd, depth)
+        if self._spans.name != "io_uring":
+            _logger.info("io_uring is not available: reading %s with threads", files.rows_path)
+        self._buffers: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def method(self) -> str:
+        """`io_uring` or `pread`."""
+        return self._spans.name
+
+    def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        wanted = (row_ids >= begin) & (row_ids < end)
+        num_rows = int(np.count_nonzero(wanted))
+        if num_rows == 0:
+            return 0
+        row_bytes = self._codec.row_bytes
+        first_byte = row_ids[wanted] * row_bytes
+        pages = _pages_of(first_byte // CHECK_BYTES, (first_byte + row_bytes - 1) // CHECK_BYTES)
+        buffer = self._take_buffer(len(pages) * CHECK_BYTES)
+        try:
+            self._read_pages(pages, buffer)
+            offsets = np.full(len(row_ids), -1, np.int64)
+            slot = np.searchsorted(pages, first_byte // CHECK_BYTES)
+            # the pages of one row are neighbours in the file, hence in the buffer
+            offsets[wanted] = slot * CHECK_BYTES + first_byte % CHECK_BYTES
+            decode_rows(buffer, offsets, self._codec, out)
+        finally:
+            self._return_buffer(buffer)
+        return num_rows
+
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
+        return bool(np.any((row_ids >= begin) & (row_ids < end)))
+
+    def close(self) -> None:
+        """Closes the file; no read may be under way."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_pages(self, pages: NDArray[np.int64], buffer: NDArray[np.uint8]) -> None:
+        """Reads pages of the row stream (sorted, distinct) back to back into `buffer`, and checks them."""
+        starts = _span_starts(pages)
+        counts = np.diff(np.append(starts, len(pages)))
+        try:
+            self._spans.read(
+                pages[starts] * CHECK_BYTES + HEADER_BYTES,
+                counts * CHECK_BYTES,
+                starts * CHECK_BYTES,
+                buffer,
+            )
+        except OSError as error:
+            raise RowReadError(f"cannot read {self._files.rows_path}: {error.strerror}") from None
+        sums = crc32c_pages(buffer[: len(pages) * CHECK_BYTES], CHECK_BYTES)
+        wrong = sums != self._files.page_sums[pages]
+        last = len(self._files.page_sums) - 1
+        if pages[-1] == last:
+            # the checksum of the last page does not cover the zeros that fill it up
+            size = self._files.manifest.stream_bytes - last * CHECK_BYTES
+            begin = (len(pages) - 1) * CHECK_BYTES
+            wrong[-1] = crc32c_pages(buffer[begin : begin + size], size)[0] != self._files.page_sums[last]
+        if np.any(wrong):
+            page = int(pages[wrong.argmax()])
+            raise RowReadError(
+                f"{self._files.rows_path}: page {page} of the rows is damaged: it does not fit its checksum;"
+                " check the table with `scone verify`"
+            )
+
+    def _take_buffer(self, num_bytes: int) -> NDArray[np.uint8]:
+        """A page-aligned buffer, as direct reads need: a used one if it is large enough."""
+        with self._lock:
+            for i, buffer in enumerate(self._buffers):
+                if len(buffer) >= num_bytes:
+                    return self._buffers.pop(i)
+        return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+
+    def _return_buffer(self, buffer: NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._buffers.append(buffer)
+            self._buffers.sort(key=len)
+            # one for each reading thread in the usual case; never more memory than the largest reads took
+            del self._buffers[:-4]
+
+
+def _pages_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The distinct pages of rows that reach from `first` to `last` each, sorted."""
+    widest = int((last - first).max())
+    return np.unique(np.concatenate([np.minimum(first + i, last) for i in range(widest + 1)]))
+
+
+def _span_starts(pages: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in `pages` each run of neighbours begins, long runs cut."""
+    run_starts = np.append(0, np.flatnonzero(np.diff(pages) != 1) + 1)
+    within = np.arange(len(pages)) - np.repeat(run_starts, np.diff(np.append(run_starts, len(pages))))
+    return np.flatnonzero(within % _MAX_SPAN_PAGES == 0)
+
+
+def _open_direct(files: TableFiles) -> int:
+    """The rows' file opened anew for direct reads or, where the file system has none, for ordinary ones."""
+    # through /proc, so that it is the file that was checked, whatever has its name by now
+    path = f"/proc/self/fd/{files.rows_fd}"
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        _logger.info("no direct reads of %s (%s): using the page cache", files.rows_path, error.strerror)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,70 @@
+"""How a table is read: the budget of each tier, and the way to the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scone.cache.errors import CacheError
+from scone.cache.memory_limit import available_bytes
+
+DISK_READERS = ("auto", "mmap", "direct")
+
+_AUTO_SHARE = 0.4
+"""The model, its KV cache and the kernel's page cache need the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableConfig:
+    """Settings of one open table; those of `scone serve` have the same names.
+
+    Attributes:
+        ram_bytes: what the most frequent rows may take in this process's memory; None ("auto"): 40 % of what
+            the machine and the cgroup leave. 0: no row is kept, all are read from the file.
+        disk_reader: `mmap`: through the kernel's page cache; `direct`: past it (O_DIRECT), each page checked
+            each time it is read; `auto`: mmap. LMDB tables are always mapped.
+        io_depth: reads under way at a time when reading directly.
+        num_threads: threads that may share one large copy of rows.
+    """
+
+    ram_bytes: int | None = 0
+    disk_reader: str = "auto"
+    io_depth: int = 64
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes is not None and self.ram_bytes < 0:
+            raise CacheError(f"ram_bytes is {self.ram_bytes}, wanted 0 or more, or auto")
+        if self.disk_reader not in DISK_READERS:
+            raise CacheError(f"disk_reader is {self.disk_reader!r}, wanted one of {', '.join(DISK_READERS)}")
+        if not 1 <= self.io_depth <= 1024:
+            raise CacheError(f"io_depth is {self.io_depth}, wanted 1 to 1024")
+        if self.num_threads < 1:
+            raise CacheError(f"num_threads is {self.num_threads}, wanted at least 1")
+
+    def ram_rows(self, num_rows: int, row_bytes: int) -> int:
+        """How many of the first rows the RAM tier holds."""
+        budget = int(available_bytes() * _AUTO_SHARE) if self.ram_bytes is None else self.ram_bytes
+        return min(num_rows, budget // row_bytes)
+
+
+_UNITS = {"": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def parse_bytes(text: str) -> int | None:
+    """`auto` (None), or a number with or without KiB, MiB, GiB, TiB, kB, MB, GB, TB; raises ValueError."""
+    word = text.strip().lower()
+    if word == "auto":
+        return None
+    digits = word.rstrip("kmgtib ")
+    unit = word[len(digits) :].strip()
+    try:
+        value = float(digits)
+    except ValueError:
+        value = -1.0
+    if unit not in _UNITS or not 0 <= value < float("inf"):
+        raise ValueError(f"got {text!r}, wanted auto, or bytes like 500000000, 512MiB or 4GiB")
+    return int(value * _UNITS[unit])

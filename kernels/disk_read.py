@@ -1,0 +1,75 @@
+"""Many reads of one file at once: io_uring where it is allowed, else threads that call pread.
+
+The native readers (native/disk_read.cpp) hold no lock of Python while they wait; without the extension the
+same reads are done one after the other. Knows byte ranges, not rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scone.kernels.extension import native
+
+I64 = NDArray[np.int64]
+
+
+class SpanReader(Protocol):
+    """Reads byte ranges of one file. Thread-safe."""
+
+    name: str
+
+    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+        """Reads sizes[i] bytes at offsets[i] of the file to buffer[places[i]:]; returns when all are there.
+
+        Raises:
+            OSError: a read failed, or ended early (EIO); `buffer` is then undefined, and no read is under
+            way.
+        """
+
+
+def uring_available() -> bool:
+    """Whether this process may use io_uring; containers often forbid it."""
+    return native is not None and native.uring_available()
+
+
+def open_span_reader(fd: int, depth: int, *, use_uring: bool = True) -> SpanReader:
+    """The fastest reader there is for `fd`, which must stay open; `depth` reads are under way at a time."""
+    if native is None:
+        return _SerialReader(fd)
+    return _NativeReader(fd, depth, use_uring and uring_available())
+
+
+class _NativeReader:
+    def __init__(self, fd: int, depth: int, use_uring: bool) -> None:
+        assert native is not None
+        self.name = "io_uring" if use_uring else "pread"
+        self._short_read: int = native.SHORT_READ
+        self._native: Any = native.SpanReader(fd, depth, use_uring)
+
+    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+        result = self._native.read(offsets, sizes, places, buffer.ctypes.data, buffer.nbytes)
+        if result == self._short_read:
+            raise _short_read()
+        if result:
+            raise OSError(result, os.strerror(result))
+
+
+class _SerialReader:
+    name = "pread"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+        for offset, size, place in zip(offsets.tolist(), sizes.tolist(), places.tolist(), strict=True):
+            if os.preadv(self._fd, [buffer.data[place : place + size]], offset) != size:
+                raise _short_read()
+
+
+def _short_read() -> OSError:
+    return OSError(errno.EIO, "the file ended early")
