@@ -121,6 +121,11 @@ class FGramTable:
         )
 
     @property
+    def tier_names(self) -> tuple[str, ...]:
+        """Every tier that rows may have been read from: the disk too, until the RAM tier is full."""
+        return ("disk",) if self._ram is None else ("ram", "disk")
+
+    @property
     def ram_loaded(self) -> bool:
         """Whether the RAM tier holds all the rows it was given room for."""
         return self._ram is None or self._ram.num_loaded == self._ram.num_rows

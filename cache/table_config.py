@@ -45,26 +45,3 @@ class TableConfig:
         """How many of the first rows the RAM tier holds."""
         budget = int(available_bytes() * _AUTO_SHARE) if self.ram_bytes is None else self.ram_bytes
         return min(num_rows, budget // row_bytes)
-
-
-_UNITS = {"": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
-}
-
-
-def parse_bytes(text: str) -> int | None:
-    """`auto` (None), or a number with or without KiB, MiB, GiB, TiB, kB, MB, GB, TB; raises ValueError."""
-    word = text.strip().lower()
-    if word == "auto":
-        return None
-    digits = word.rstrip("kmgtib ")
-    unit = word[len(digits) :].strip()
-    try:
-        value = float(digits)
-    except ValueError:
-        value = -1.0
-    if unit not in _UNITS or not 0 <= value < float("inf"):
-        raise ValueError(f"got {text!r}, wanted auto, or bytes like 500000000, 512MiB or 4GiB")
-    return int(value * _UNITS[unit])

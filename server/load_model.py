@@ -13,7 +13,7 @@ from scone.model_store.checkpoint import open_checkpoint
 from scone.server.api.state import ServedModel
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
-from scone.server.serve_settings import engine_config, model_name
+from scone.server.serve_settings import engine_config, model_name, table_config
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
 from scone.server.table_metrics import TableCollector
@@ -41,7 +41,7 @@ class ModelLoader:
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, num_threads=torch.get_num_threads())
+                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scone.cache import TableConfig
+from scone.cache.table_config import DISK_READERS
 from scone.server.api.config import ApiConfig
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.errors import SettingError
 from scone.server.settings import Resolved, Setting, parse_bool, parse_bytes
 
+_TABLE = TableConfig()
 _ENGINE = EngineConfig()
 _API = ApiConfig()
 
@@ -25,6 +28,33 @@ MODEL_SETTINGS = (
         help="type of weights and activations",
     ),
     Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
+)
+
+
+def parse_budget(text: str) -> int | None:
+    """A number of bytes, or `auto` (None)."""
+    return None if text.strip().lower() == "auto" else parse_bytes(text)
+
+
+TABLE_SETTINGS = (
+    Setting(
+        name="ram_bytes",
+        kind=parse_budget,
+        help="memory for the table's most frequent rows, as in 4GiB; 0 leaves all rows to the page cache"
+        " (default: auto, 40 % of what is free)",
+    ),
+    Setting(
+        name="disk_reader",
+        default=_TABLE.disk_reader,
+        choices=DISK_READERS,
+        help="how other rows are read: mmap (page cache) or direct (past it, each page checked each time)",
+    ),
+    Setting(
+        name="io_depth",
+        kind=int,
+        default=_TABLE.io_depth,
+        help="reads under way at a time when reading directly",
+    ),
 )
 
 ENGINE_SETTINGS = (
@@ -133,7 +163,7 @@ HTTP_SETTINGS = (
     Setting(name="log_format", default="text", choices=("text", "json"), help="how log lines look"),
 )
 
-SERVE_SETTINGS = (*MODEL_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
+SERVE_SETTINGS = (*MODEL_SETTINGS, *TABLE_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
 
 
 def api_config(settings: Resolved) -> ApiConfig:
@@ -198,3 +228,13 @@ def _keys_in(path: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"cannot read api_key_file {path}: {error}") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def table_config(settings: Resolved, num_threads: int) -> TableConfig:
+    """How the table is read; raises CacheError."""
+    return TableConfig(
+        ram_bytes=settings.ram_bytes,
+        disk_reader=settings.disk_reader,
+        io_depth=settings.io_depth,
+        num_threads=num_threads,
+    )

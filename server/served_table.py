@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from scone.cache import FGramTable, Prefetcher
+from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.model_store.table_writer import FGRAMS_NAME
 
 
@@ -30,12 +30,14 @@ class ServedTable:
         generation: 1 for the table the server started with.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, num_threads: int = 1, generation: int = 1) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], config: TableConfig | None = None, *, generation: int = 1
+    ) -> None:
         """Opens the table; raises TableError."""
         self.path = Path(path)
         self.name = self.path.resolve().name
         self.generation = generation
-        self.table = FGramTable.open(path, num_threads=num_threads)
+        self.table = FGramTable.open(path, config)
         self.prefetcher = Prefetcher(self.table)
 
     def explain(self, input_ids: Sequence[int]) -> list[TokenMatch]:

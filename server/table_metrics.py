@@ -41,9 +41,9 @@ class TableCollector(Collector):
         yield lookups
         rows = CounterMetricFamily("scone_fgram_rows_read", "Rows read, by tier.", labels=["tier"])
         num_bytes = CounterMetricFamily("scone_fgram_bytes_read", "Bytes of those rows.", labels=["tier"])
-        for tier in table.tiers:
-            rows.add_metric([tier.name], stats.rows_read[tier.name])
-            num_bytes.add_metric([tier.name], stats.bytes_read[tier.name])
+        for tier in table.tier_names:
+            rows.add_metric([tier], stats.rows_read[tier])
+            num_bytes.add_metric([tier], stats.bytes_read[tier])
         yield from (rows, num_bytes)
         prefetches = CounterMetricFamily("scone_fgram_prefetch", "Reads by result.", labels=["result"])
         for result in PREFETCH_RESULTS:
@@ -59,13 +59,13 @@ class TableCollector(Collector):
     def _read_seconds(self) -> Metric:
         stats = self._served.table.stats
         seconds = HistogramMetricFamily("scone_fgram_read_seconds", "Duration of reads.", labels=["tier"])
-        for tier in self._served.table.tiers:
+        for tier in self._served.table.tier_names:
             total, buckets = 0, []
             for i, bound in enumerate(READ_SECONDS_BUCKETS):
-                total += stats.reads_within[tier.name, i]
+                total += stats.reads_within[tier, i]
                 buckets.append((str(bound), float(total)))
-            buckets.append(("+Inf", float(stats.reads[tier.name])))
-            seconds.add_metric([tier.name], buckets, sum_value=stats.read_seconds.get(tier.name, 0.0))
+            buckets.append(("+Inf", float(stats.reads[tier])))
+            seconds.add_metric([tier], buckets, sum_value=stats.read_seconds.get(tier, 0.0))
         return seconds
 
     def _gauges(self) -> Iterator[Metric]:

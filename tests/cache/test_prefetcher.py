@@ -76,7 +76,7 @@ def test_cold_rows_arrive_and_repeated_ones_are_read_once(slow: tuple[FGramTable
         pending = prefetcher.submit(ids)
         ids_before, ids[:] = ids.copy(), 1  # the caller's buffer is its own again
         assert not pending.ready()
-        reader.gate.set()
+        threading.Timer(0.05, reader.gate.set).start()
         out = torch.full((7, 64), 2.0, dtype=torch.float16)
         pending.copy_into(out)
         assert pending.ready()

@@ -22,7 +22,6 @@ from scone.cache import FGramTable, TableConfig
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
 from scone.cache.memory_limit import available_bytes, cgroup_headroom
-from scone.cache.table_config import parse_bytes
 from scone.kernels.disk_read import SpanReader, open_span_reader, uring_available
 from scone.kernels.row_codec import CODECS
 from scone.model_store.fgram_set import FGramSet
@@ -298,14 +297,7 @@ def test_a_table_larger_than_its_budget_stays_inside_it(
     assert result["grown"] < 24 << 20
 
 
-def test_budgets_are_parsed_and_checked() -> None:
-    assert parse_bytes("auto") is None
-    assert [parse_bytes(t) for t in ("0", "500000000", "512MiB", "1.5 GiB", "2g", "3kB")] == [
-        0, 500_000_000, 512 << 20, 3 << 29, 2_000_000_000, 3000,
-    ]  # fmt: skip
-    for text in ("", "-1", "12 parsecs", "nan", "GiB"):
-        with pytest.raises(ValueError, match="wanted auto, or bytes"):
-            parse_bytes(text)
+def test_impossible_settings_are_named() -> None:
     for wrong in ({"ram_bytes": -1}, {"disk_reader": "tape"}, {"io_depth": 0}, {"num_threads": 0}):
         with pytest.raises(CacheError, match=next(iter(wrong))):
             TableConfig(**wrong)
