@@ -58,7 +58,7 @@ class _Reader(GGUFReader):  # type: ignore[misc]
         return 12 + int(values.nbytes), [values], [0], types
 
 
-def _read_strings(data: NDArray[np.uint8], start: int, count: int) -> tuple[list[bytes], int]:
+def _read_strings(data: NDArray[np.uint8], start: int, count: int) -> tuple[list[memoryview], int]:
     """`count` strings, each a little-endian u64 length and that many bytes; and where they end."""
     view, offset = data.data, start
     strings = []
@@ -67,7 +67,7 @@ def _read_strings(data: NDArray[np.uint8], start: int, count: int) -> tuple[list
         offset = begin + int.from_bytes(view[offset:begin], "little")
         if offset > len(view):
             raise ValueError("a string reaches past the end of the file")
-        strings.append(bytes(view[begin:offset]))
+        strings.append(view[begin:offset])
     return strings, offset
 
 
