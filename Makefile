@@ -18,6 +18,10 @@ DEMO_MODEL := model_store/demo
 DEMO_TABLE := data/tables/demo
 MODEL ?= $(DEMO_MODEL)
 TABLE ?= $(DEMO_TABLE)
+# what of the demo is wanted: nothing of it if MODEL and TABLE are others
+DEMO  := $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_GGUF)) \
+         $(if $(filter $(DEMO_TABLE),$(TABLE)),$(DEMO_TABLE)/manifest.json)
+SERVE := $(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --host $(HOST) --port $(PORT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -28,10 +32,9 @@ help: ## list the targets
 
 install: $(VENV)/.test ## make .venv with everything that running and testing needs
 
-serve: $(VENV)/.run ## serve the demo (or MODEL and TABLE) on HOST:PORT
-serve: $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_GGUF)) $(if $(filter $(DEMO_TABLE),$(TABLE)),$(DEMO_TABLE)/manifest.json)
-	@echo "==> scone serve on $(HOST):$(PORT)"
-	@$(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --host $(HOST) --port $(PORT)
+serve: $(VENV)/.run $(DEMO) ## serve the demo (or MODEL and TABLE) on HOST:PORT
+	@echo "==> serving on $(HOST):$(PORT)"
+	@$(SERVE)
 
 test: $(VENV)/.test $(DEMO_GGUF) links ## run the test suite (installs what it needs)
 	$(BIN)/python -m pytest -m "not heavy"
@@ -45,9 +48,10 @@ check: $(VENV)/.test links ## check format, lint, types and floors
 	$(BIN)/mypy .types/scone tests load_tests
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-bench: $(VENV)/.run $(DEMO_GGUF) $(DEMO_TABLE)/manifest.json ## run every benchmark; one JSON line each
-	@for what in lookup prefill decode build count; do echo "==> scone bench $$what"; \
-	  $(BIN)/scone bench $$what --model $(DEMO_MODEL) --table $(DEMO_TABLE) || exit 1; done
+bench: $(VENV)/.run $(DEMO) ## load-test the demo server (or MODEL and TABLE); the last line is JSON
+	@$(SERVE) & server=$$!; trap "kill $$server" EXIT; \
+	until curl --silent --fail --output /dev/null http://$(HOST):$(PORT)/ready; do kill -0 $$server && sleep 0.5 || exit 1; done; \
+	$(BIN)/python -m load_tests --url http://$(HOST):$(PORT) --concurrency 1 4 16
 
 docker-lint: $(VENV)/.test $(VENV)/bin/promtool ## check the image, the compose file and the monitoring
 	$(BIN)/python -m pytest -q tests/test_docker.py
