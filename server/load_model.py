@@ -53,8 +53,6 @@ class ModelLoader:
                 tokenizer,
                 None if table is None else table.table,
                 checkpoint.model_hash,
-                row_source=None if table is None else table.prefetcher,
-                table_id="" if table is None else table.table.manifest.table_id,
                 observer=self._metrics,
             )
             engine.start()

@@ -95,6 +95,24 @@ ENGINE_SETTINGS = (
         default=_ENGINE.enable_prefix_caching,
         help="reuse keys and values of equal beginnings",
     ),
+    Setting(
+        name="quantization",
+        default=_ENGINE.quantization,
+        choices=("auto", "none", "int8", "int4"),
+        help="bits of the layers' weights; auto takes the fewest that keep the checkpoint's values",
+    ),
+    Setting(
+        name="backend",
+        default=_ENGINE.backend,
+        choices=("auto", "native", "torch"),
+        help="what computes: native kernels or torch; auto is native on a CPU, if it was built",
+    ),
+    Setting(
+        name="deterministic",
+        kind=parse_bool,
+        default=_ENGINE.deterministic,
+        help="start only if answers are the same bits alone, in any batch, and with any cache",
+    ),
 )
 
 HTTP_SETTINGS = (
@@ -209,6 +227,9 @@ def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,
+            quantization=settings.quantization,
+            backend=settings.backend,
+            deterministic=settings.deterministic,
         )
     except ValueError as error:
         raise SettingError(str(error)) from None

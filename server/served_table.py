@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from scone.cache import FGramTable, Prefetcher, TableConfig
+from scone.cache import FGramTable, TableConfig
 from scone.model_store.table_writer import FGRAMS_NAME
 
 
@@ -38,7 +38,6 @@ class ServedTable:
         self.name = self.path.resolve().name
         self.generation = generation
         self.table = FGramTable.open(path, config)
-        self.prefetcher = Prefetcher(self.table)
 
     def explain(self, input_ids: Sequence[int]) -> list[TokenMatch]:
         """What each token of a sequence matches, with corpus counts. Reads the disk; raises RowReadError."""
@@ -55,7 +54,6 @@ class ServedTable:
         self.table.rows([0])
 
     def close(self) -> None:
-        self.prefetcher.close()
         self.table.close()
 
     def _counts(self, row_ids: Sequence[int]) -> dict[int, int]:

@@ -6,6 +6,7 @@ namespace nb = nanobind;
 namespace scone {
 void register_crc32c(nb::module_&);
 void register_disk_read(nb::module_&);
+void register_decoder(nb::module_&);
 void register_gather(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
@@ -15,6 +16,7 @@ NB_MODULE(_native, m) {
     m.doc() = "Native kernels of scone-serve; each has a NumPy or torch oracle beside its Python door.";
     scone::register_crc32c(m);
     scone::register_disk_read(m);
+    scone::register_decoder(m);
     scone::register_gather(m);
     scone::register_match(m);
     scone::register_ngram_count(m);

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scone.cache.fgram_table import FGramTable
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import OnDelta, RequestRun
-from scone.server.engine.input_rows import InputRows, Matcher, RowSource
+from scone.server.engine.input_rows import InputRows, read_ahead
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.errors import InvalidRequestError, UnavailableError
@@ -58,23 +59,23 @@ class Engine:
         config: EngineConfig,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        table: Matcher | None,
+        table: FGramTable | None,
         model_hash: str,
         *,
-        row_source: RowSource | None = None,
-        table_id: str = "",
         observer: EngineObserver | None = None,
     ) -> None:
+        """The table stays the caller's to close, after `shutdown`; nothing of the decoder is kept but what
+        the backend needs. Raises SettingError for settings that this machine or model cannot do.
+        """
         self.config = config
         self._vocab_size = decoder.config.vocab_size
         self._core = EngineCore(
             config, ModelRunner(decoder, config), tokenizer, model_hash, observer or SilentObserver()
         )
-        assert (table is None) == (row_source is None)
-        self._input_rows = None if table is None or row_source is None else InputRows(table, row_source)
-        self._table_id = table_id
         self._changed = threading.Condition()
         # All below is guarded by _changed.
+        self._input_rows = None if table is None else read_ahead(table)
+        self._retired: list[tuple[InputRows | None, Callable[[], None]]] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._queued: dict[str, RequestRun] = {}
         self._open: dict[str, RequestRun] = {}
@@ -125,7 +126,7 @@ class Engine:
                 )
                 self._num_arrivals += 1
                 self._queued[request.request_id] = self._open[request.request_id] = run
-                self._commands.append(lambda run=run, table_id=self._table_id: self._core.add(run, table_id))  # type: ignore[misc]
+                self._commands.append(lambda run=run: self._core.add(run))  # type: ignore[misc]
             self._num_queued_tokens += num_tokens
             self._changed.notify_all()
 
@@ -136,6 +137,21 @@ class Engine:
             if run is not None:
                 self._commands.append(lambda: self._core.abort(run))
                 self._changed.notify_all()
+
+    def swap_table(self, table: FGramTable | None, on_retired: Callable[[], None]) -> None:
+        """New requests use `table`, requests under way keep the one they began with.
+
+        `on_retired` is called on the engine thread once nothing uses the old one; close it then.
+        """
+        self.swap_rows(None if table is None else read_ahead(table), on_retired)
+
+    def swap_rows(self, input_rows: InputRows | None, on_retired: Callable[[], None]) -> None:
+        """As `swap_table`, for rows from elsewhere."""
+        with self._changed:
+            self._retired.append((self._input_rows, on_retired))
+            self._input_rows = input_rows
+            self._commands.append(lambda: None)  # a round of the loop, which looks for what is retired
+            self._changed.notify_all()
 
     def drain(self) -> None:
         """Admits nothing more; what is admitted goes on."""
@@ -156,6 +172,8 @@ class Engine:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._input_rows is not None:
+            self._input_rows.close()
         return drained
 
     def is_alive(self) -> bool:
@@ -266,3 +284,10 @@ class Engine:
                 del self._open[request_id]
             if ended and not self._open:
                 self._changed.notify_all()
+            in_use = {run.input_rows for run in self._open.values()}
+            retired = [(rows, call) for rows, call in self._retired if rows not in in_use]
+            self._retired = [(rows, call) for rows, call in self._retired if rows in in_use]
+        for rows, on_retired in retired:
+            if rows is not None:
+                rows.close()
+            on_retired()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4"]
+Backend = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,12 @@ class EngineConfig:
             past either, `submit` answers `queue_full`.
         max_num_staged_tokens: prompt tokens of waiting requests whose rows may be read ahead.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
+        quantization: how weights are held in memory (native backend only): `none` is float32; `auto` is
+            the smallest format that keeps each weight exactly, as a quantised checkpoint stored it.
+        backend: `native` kernels or plain `torch`; `auto` is native on a CPU where it was built.
+        deterministic: refuse to start unless the same request gives the same tokens and
+            log-probabilities alone, in any batch, and with a cold or warm prefix cache (docs/engine.md).
+        num_threads: threads of the native kernels; 0 takes torch's number.
     """
 
     max_model_len: int = 2048
@@ -33,6 +40,10 @@ class EngineConfig:
     max_num_queued_tokens: int = 1 << 20
     max_num_staged_tokens: int = 16384
     enable_prefix_caching: bool = True
+    quantization: Quantization = "auto"
+    backend: Backend = "auto"
+    deterministic: bool = False
+    num_threads: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -47,6 +58,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads is {self.num_threads}, wanted 0 or more")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, "

@@ -64,13 +64,14 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._generations)
 
-    def add(self, run: RequestRun, table_id: str) -> None:
+    def add(self, run: RequestRun) -> None:
         """Queues a request: matches its prompt and begins to read its rows."""
         request = run.request
         if request.sampling.prompt_logprobs is not None:
             run.prompt_logprobs = [None] * len(request.input_ids)
         root = b""
         if self.config.enable_prefix_caching:
+            table_id = "" if run.input_rows is None else run.input_rows.table_id
             root = root_hash(self._model_hash, self._tokenizer.hash, table_id, request.cache_salt)
         seq = scheduler.Sequence(
             arrival=run.arrival,
@@ -84,6 +85,8 @@ class EngineCore:
         if run.input_rows is not None:
             try:
                 generation.rows = run.input_rows.match(request.input_ids)
+            except RowReadError as error:
+                self._fail(generation, str(error))
             except Exception:
                 logger.exception("request %s: its prompt cannot be matched", request.request_id)
                 self._fail(generation, "internal error while matching the prompt")
@@ -294,7 +297,18 @@ class EngineCore:
             if generation.run.input_rows is not None:
                 by_table.setdefault(generation.run.input_rows, []).append(generation)
         for table, group in by_table.items():
-            table.extend([(g.rows, g.seq.token_ids) for g in group if g.rows is not None])
+            try:
+                table.extend([(g.rows, g.seq.token_ids) for g in group if g.rows is not None])
+            except RowReadError:  # some page of the index is damaged: find out whose
+                for generation in group:
+                    self._extend_alone(table, generation)
+
+    def _extend_alone(self, table: InputRows, generation: Generation) -> None:
+        assert generation.rows is not None
+        try:
+            table.extend([(generation.rows, generation.seq.token_ids)])
+        except RowReadError as error:
+            self._fail(generation, str(error))
 
     # -- ends ----------------------------------------------------------------------------------
 

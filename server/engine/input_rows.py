@@ -7,7 +7,7 @@ next: a sequence that is preempted, forked or started from cached blocks is read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.fgram_table import FGramTable
+from scone.cache.prefetcher import Prefetcher
 
 CHUNK_TOKENS = 256
 """Inputs per read of a prompt: large enough to sort and batch, small enough to start early."""
@@ -130,8 +132,13 @@ class SequenceRows:
 class InputRows:
     """One generation of the table, as the engine uses it."""
 
-    def __init__(self, table: Matcher, source: RowSource) -> None:
+    def __init__(
+        self, table: Matcher, source: RowSource, table_id: str, close: Callable[[], None] = lambda: None
+    ) -> None:
+        """`table_id` names everything that determines the table's rows; `close` ends the source."""
+        self.close = close
         self.table = table
+        self.table_id = table_id
         self._source = source
 
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
@@ -201,3 +208,9 @@ class InputRows:
         row_ids = np.array([r for r in rows.row_ids[:num_inputs] if r >= 0], dtype=np.int64)
         names, counts = np.unique(np.asarray(self.table.tier_of(row_ids)).astype(str), return_counts=True)
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def read_ahead(table: FGramTable) -> InputRows:
+    """The rows of a table, read by its own prefetcher."""
+    prefetcher = Prefetcher(table)
+    return InputRows(table, prefetcher, table.manifest.table_id, prefetcher.close)

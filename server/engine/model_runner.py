@@ -7,29 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from scone.kernels.paged_attention import PagedBatch, paged_attention_reference, write_kv
+from scone.kernels.extension import native
+from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
+from scone.server.engine.torch_forward import TorchForward
+from scone.server.errors import SettingError
 
 
-class PagedAttend:
-    """`Attend` over the paged cache for one step's batch."""
+class Forward(Protocol):
+    """A decoder over a paged cache; see `TorchForward` for shapes."""
 
-    def __init__(self, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> None:
-        self._k_cache, self._v_cache = k_cache, v_cache
-        self._batch = batch
-        self._scale = scale
-
-    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k_cache, v_cache = self._k_cache[layer_id], self._v_cache[layer_id]
-        write_kv(k, v, k_cache, v_cache, self._batch.slots)
-        return paged_attention_reference(q, k_cache, v_cache, self._batch, self._scale)
+    def embed(self, input_ids: Tensor) -> Tensor: ...
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
 
 
 class ModelRunner:
@@ -37,15 +38,28 @@ class ModelRunner:
 
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
+        backend: `native` or `torch`.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
-        self.decoder = decoder
+        """Raises SettingError if a setting asks for what this machine or model cannot do."""
         self.device = decoder.embed_tokens.weight.device
         self.block_size = config.block_size
         shape = decoder.config
-        self.vocab_size = shape.vocab_size
-        block_bytes = shape.kv_bytes_per_token // 4 * decoder.dtype.itemsize * config.block_size
+        self.vocab_size, self.dim = shape.vocab_size, shape.dim
+        self.backend = _choose_backend(decoder, config)
+        self._forward: Forward = (
+            NativeForward(
+                decoder,
+                config.quantization,
+                config.num_threads or torch.get_num_threads(),
+                config.max_model_len,
+            )
+            if self.backend == "native"
+            else TorchForward(decoder)
+        )
+        dtype = torch.float32 if self.backend == "native" else decoder.dtype
+        block_bytes = shape.kv_bytes_per_token // 4 * dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
         cache_shape = (
@@ -56,31 +70,33 @@ class ModelRunner:
             shape.head_dim,
         )
         # Zeroed, since masked keys are multiplied by zero and garbage could be NaN.
-        self._k_cache = torch.zeros(cache_shape, dtype=decoder.dtype, device=self.device)
+        self._k_cache = torch.zeros(cache_shape, dtype=dtype, device=self.device)
         self._v_cache = torch.zeros_like(self._k_cache)
-        self._scale = shape.head_dim**-0.5
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """Token embeddings (num_tokens, dim) of the chunks, one after the other."""
         input_ids = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
-        return self.decoder.embed(torch.tensor(input_ids, device=self.device))
+        return self._forward.embed(torch.tensor(input_ids, device=self.device))
 
     def forward(self, chunks: Sequence[Chunk], embeddings: Tensor) -> Tensor:
-        """Hidden states (num_tokens, dim); stores the chunks' keys and values."""
+        """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`."""
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
-        attend = PagedAttend(self._k_cache, self._v_cache, self._paged_batch(chunks), self._scale)
-        return cast(Tensor, self.decoder(embeddings, torch.tensor(positions, device=self.device), attend))
+        return self._forward.forward(
+            embeddings,
+            torch.tensor(positions, dtype=torch.int32, device=self.device),
+            self._paged_batch(chunks),
+            self._k_cache,
+            self._v_cache,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
-        return self.decoder.logits(hidden).float()
+        return self._forward.logits(hidden)
 
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, vocab_size) float32; only the head rows of `token_ids` are computed, the rest is -inf."""
-        head = self.decoder.lm_head
-        ids = torch.tensor(token_ids, device=self.device)
-        logits = torch.full((len(hidden), head.weight.shape[0]), -torch.inf, device=self.device)
-        logits[:, ids] = torch.nn.functional.linear(hidden, head.weight[ids]).float()
+        logits = torch.full((len(hidden), self.vocab_size), -torch.inf, device=self.device)
+        logits[:, list(token_ids)] = self._forward.logits_of(hidden, token_ids)
         return logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -107,3 +123,26 @@ class ModelRunner:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
             slots=torch.tensor(slots, device=self.device),
         )
+
+
+def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:
+    """`native` wherever it can run, unless the settings say otherwise."""
+    why_not = None
+    if native is None:
+        why_not = "the native extension was not built"
+    elif decoder.embed_tokens.weight.device.type != "cpu":
+        why_not = f"the model is on {decoder.embed_tokens.weight.device.type}"
+    elif decoder.config.head_dim % 8:
+        why_not = f"the model's head_dim is {decoder.config.head_dim}, not a multiple of 8"
+    if config.backend == "torch":
+        why_not = "backend is torch"
+    if why_not is None:
+        return "native"
+    for name, needed in (
+        ("backend native", config.backend == "native"),
+        (f"quantization {config.quantization}", config.quantization in ("int8", "int4")),
+        ("deterministic", config.deterministic),
+    ):
+        if needed:
+            raise SettingError(f"{name} needs the native CPU kernels, but {why_not}")
+    return "torch"

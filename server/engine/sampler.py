@@ -126,7 +126,8 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
 
     Only logits reduced over the vocabulary are formed, never a second (n, vocab) array.
     """
-    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    # Row by row: torch may sum a row in another order when it comes with others.
+    total = torch.stack([torch.logsumexp(row, dim=0) for row in logits]).unsqueeze(1)
     targets = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
     chosen = (logits.gather(1, targets) - total).squeeze(1).tolist()
     width = min(max(num_top), logits.shape[1])

@@ -252,8 +252,6 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
             tokenizer,
             served_table.table,
             "tiny",
-            row_source=served_table.prefetcher,
-            table_id=served_table.table.manifest.table_id,
             observer=metrics,
         )
         engine.start()

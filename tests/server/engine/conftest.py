@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scone.cache.errors import RowReadError
 from scone.model_store.decoder import CausalAttention, Decoder
+from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
@@ -21,6 +22,22 @@ from scone.server.engine.input_rows import InputRows
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
+
+TINY = ModelConfig(
+    architecture="llama",
+    vocab_size=300,
+    dim=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_dim=96,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position=512,
+    eos_ids=(2,),
+)
+"""As the `tiny_decoder` fixture; tests vary it."""
 
 NUM_SPECIALS = 3
 """Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""
@@ -70,6 +87,9 @@ class DictTable:
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
         return np.where(row_ids % 2 == 0, "ram", "disk")
+
+    def fgrams(self) -> list[tuple[int, ...]]:
+        return list(self._ids)
 
     def row(self, row_id: int) -> Tensor:
         return self._rows[row_id]
@@ -161,7 +181,7 @@ class World:
         self.core = EngineCore(
             self.config, ModelRunner(decoder, self.config), tokenizer, "model", SilentObserver()
         )
-        self.input_rows = None if table is None else InputRows(table, table)
+        self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 
     def add(self, input_ids: Sequence[int], n: int = 1, salt: str | None = None, **params: Any) -> Outcome:
@@ -175,7 +195,7 @@ class World:
         )
         run = RequestRun(request, outcome, len(self.runs), 0.0, self.input_rows)
         self.runs.append(run)
-        self.core.add(run, "table")
+        self.core.add(run)
         return outcome
 
     def run(self, max_steps: int = 2000) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from scone.cache.fgram_table import FGramTable
 from scone.model_store.decoder import Decoder
+from scone.model_store.fgram_set import FGramSet
+from scone.model_store.table_writer import TableWriter
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.input_rows import InputRows
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
@@ -32,10 +38,11 @@ def make_engine(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Ma
             EngineConfig(**{**defaults, **config}),
             tiny_decoder,
             byte_tokenizer,
-            table,
+            None,
             "model",
-            row_source=table,
         )
+        if table is not None:
+            engine.swap_rows(InputRows(table, table, "dict"), on_retired=lambda: None)
         engine.start()
         engines.append(engine)
         return engine
@@ -189,3 +196,77 @@ def test_a_table_that_raises_fails_the_request(make_engine: MakeEngine, dict_tab
     engine.submit(request("b", [5, 6]), again)
     again.wait()
     assert len(again.tokens()) == 8
+
+
+def test_requests_keep_the_table_they_began_with(
+    make_engine: MakeEngine, tiny_decoder: Decoder, dict_table: DictTable
+) -> None:
+    engine = make_engine(dict_table)
+    prompt = random_prompt(1, 30)
+    retired = threading.Event()
+    old, new = Waiter(), Waiter()
+    dict_table.is_held = True
+    engine.submit(request("old", prompt), old)
+    engine.swap_rows(None, on_retired=retired.set)
+    engine.submit(request("new", prompt), new)
+    new.wait()
+    assert not retired.wait(0.05)
+    dict_table.is_held = False
+    old.wait()
+    assert retired.wait(10)
+    assert old.tokens() == naive_greedy(tiny_decoder, prompt, 8, dict_table)
+    assert new.tokens() == naive_greedy(tiny_decoder, prompt, 8)
+
+
+@pytest.mark.parametrize("backend", ["mmap", "lmdb"])
+def test_a_table_on_disk(
+    tiny_decoder: Decoder, byte_tokenizer: Tokenizer, dict_table: DictTable, tmp_path: Path, backend: str
+) -> None:
+    """The same answers from a real table as from the dict that it was written from."""
+    fgrams = sorted(dict_table.fgrams())
+    tokens = np.full((len(fgrams), 5), -1, np.int32)
+    for i, fgram in enumerate(fgrams):
+        tokens[i, : len(fgram)] = fgram
+    order = np.lexsort((*tokens.T[::-1], lengths := np.array([len(f) for f in fgrams], np.uint8)))
+    tokens, lengths = tokens[order], lengths[order]
+    fgram_set = FGramSet(
+        tokens=tokens,
+        lengths=lengths,
+        counts=np.full(len(fgrams), 5, np.int64),
+        tokenizer_hash=byte_tokenizer.hash,
+        min_count=5,
+        num_corpus_tokens=1000,
+    )
+    writer = TableWriter.create(
+        tmp_path / "table",
+        fgram_set,
+        dim=dict_table.dim,
+        dtype="float32",
+        codec="raw",
+        backend=backend,
+        model_hash="model",
+        tokenizer_hash=byte_tokenizer.hash,
+    )
+    writer.append(
+        torch.stack(
+            [dict_table.row(dict_table.longest([t for t in row if t >= 0])) for row in tokens.tolist()]
+        )
+    )
+    writer.finish()
+    prompts = [random_prompt(i, 10 + 13 * i) for i in range(8)]
+    config = EngineConfig(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, block_size=8)
+    with FGramTable.open(tmp_path / "table") as table:
+        engine = Engine(config, tiny_decoder, byte_tokenizer, table, "model")
+        engine.start()
+        waiters = [Waiter() for _ in prompts]
+        for i, (prompt, waiter) in enumerate(zip(prompts, waiters, strict=True)):
+            engine.submit(request(str(i), prompt), waiter)
+        for prompt, waiter in zip(prompts, waiters, strict=True):
+            waiter.wait()
+            assert waiter.tokens() == naive_greedy(tiny_decoder, prompt, 8, dict_table)
+            usage = waiter.last().usage
+            assert usage is not None
+            ids = [*prompt, *waiter.tokens()[:-1]]
+            matched = sum(dict_table.longest(ids[: i + 1]) >= 0 for i in range(len(ids)))
+            assert usage.num_matched_tokens == sum(usage.rows_by_tier.values()) == matched
+        assert engine.shutdown(timeout_seconds=10)

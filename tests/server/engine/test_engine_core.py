@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from scone.cache.errors import RowReadError
+from scone.kernels.extension import native
 from scone.model_store.decoder import Decoder
 
 from .conftest import DictTable, World, naive_greedy, naive_logits, random_prompt
@@ -17,7 +21,17 @@ MakeWorld = Callable[..., World]
 
 
 @pytest.mark.parametrize("with_table", [False, True])
-@pytest.mark.parametrize("config", [{}, {"max_num_batched_tokens": 8}, {"block_size": 1}, {"block_size": 64}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"backend": "torch"},
+        {"max_num_batched_tokens": 8},
+        {"max_num_batched_tokens": 8, "backend": "torch"},
+        {"block_size": 1},
+        {"block_size": 64},
+    ],
+)
 def test_greedy_batch_equals_full_recompute(
     make_world: MakeWorld,
     tiny_decoder: Decoder,
@@ -154,6 +168,23 @@ def test_decode_rows_that_fail_are_read_again_alone(make_world: MakeWorld, tiny_
     assert [o.last().finish_reason for o in outcomes] == ["length", "length", "error", "length"]
 
 
+def test_a_failed_match_ends_its_request_only(make_world: MakeWorld, dict_table: DictTable) -> None:
+    match_last = dict_table.match_last
+
+    def damaged(windows: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        if (windows == 5).any():
+            raise RowReadError("the index is damaged")
+        return match_last(windows)
+
+    dict_table.match_last = damaged  # type: ignore[method-assign]
+    world = make_world(dict_table)
+    good = world.add([6, 7], max_tokens=6, allowed_token_ids=(6, 7))
+    bad = world.add([4, 5], max_tokens=6)
+    world.run()
+    assert len(good.tokens()) == 6
+    assert (bad.last().finish_reason, bad.last().error) == ("error", "the index is damaged")
+
+
 def test_waiting_for_rows_delays_only_those_who_wait(make_world: MakeWorld, dict_table: DictTable) -> None:
     world = make_world(dict_table)
     dict_table.is_held = True
@@ -256,3 +287,32 @@ def test_ends(make_world: MakeWorld, tiny_decoder: Decoder) -> None:
     assert len(nothing.last().prompt_logprobs or ()) == 12
     assert len(full.tokens()) == 8
     assert full.last().finish_reason == "length"
+
+
+@pytest.mark.skipif(native is None, reason="the native extension was not built")
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_deterministic_mode(make_world: MakeWorld, dict_table: DictTable, quantization: str) -> None:
+    """The same bits alone, in a batch, cold, warm, chunked, preempted and forked."""
+    settings: dict[str, Any] = {"deterministic": True, "quantization": quantization}
+    wanted: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "top_p": 0.9, "seed": 3, "logprobs": 4}
+    prompts = [random_prompt(seed, 10 + 9 * seed) for seed in range(6)]
+
+    def answers(world: World, n: int = 1) -> list[tuple[list[int], list[float]]]:
+        outcomes = [world.add(p, n=n, **wanted) for p in prompts]
+        world.run()
+        return [(o.tokens(), o.logprobs()) for o in outcomes]
+
+    alone = []
+    for prompt in prompts:
+        world = make_world(dict_table, **settings)
+        outcome = world.add(prompt, **wanted)
+        world.run()
+        alone.append((outcome.tokens(), outcome.logprobs()))
+    world = make_world(dict_table, **settings)
+    assert answers(world) == alone  # together, cold
+    assert answers(world) == alone  # together, warm
+    assert answers(make_world(dict_table, max_num_batched_tokens=9, block_size=4, **settings)) == alone
+    small = make_world(dict_table, kv_cache_bytes=3 * 2 * 2 * 16 * 4 * 8 * 17, **settings)
+    assert answers(small) == alone
+    assert any(g.seq.num_preemptions for run in small.runs for g in run.generations)
+    assert answers(make_world(dict_table, num_threads=3, **settings), n=3) == alone

@@ -1,0 +1,411 @@
+// The whole decoder as one native call: all layers over a flat batch of tokens with a paged cache.
+//
+// One call a step keeps Python and thread wake-ups out of the layers: a token of a 135M model takes a few
+// milliseconds, of which thirty layers of small torch calls would take half.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+
+#include "packed_linear.hpp"
+#include "thread_team.hpp"
+
+namespace nb = nanobind;
+
+namespace scone {
+namespace {
+
+template <class T, class Shape>
+using Array = nb::ndarray<T, Shape, nb::c_contig, nb::device::cpu>;
+using Vector = Array<const float, nb::ndim<1>>;
+using Matrix = Array<const float, nb::ndim<2>>;
+using MutableMatrix = Array<float, nb::ndim<2>>;
+using Cache = Array<float, nb::ndim<5>>;
+using Indices = Array<const int32_t, nb::ndim<1>>;
+using Tables = Array<const int32_t, nb::ndim<2>>;
+
+WeightKind kind_named(const std::string& name) {
+    if (name == "f32") return WeightKind::f32;
+    if (name == "int8") return WeightKind::int8;
+    if (name == "int4") return WeightKind::int4;
+    throw std::invalid_argument("weight kind is '" + name + "', wanted f32, int8 or int4");
+}
+
+void want(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+// Threads, kernels and scratch that all native maps of one model share. One caller at a time.
+class Workspace {
+public:
+    Workspace(int num_threads, bool portable)
+        : team(num_threads),
+          kernels(portable || decoder_kernels_avx2() == nullptr ? decoder_kernels_portable()
+                                                                : decoder_kernels_avx2()) {}
+
+    // Room for `rows` rows of `width` inputs prepared for quantised weights.
+    Activations prepared(int rows, int width) {
+        const size_t num_groups = size_t(width + kGroup - 1) / kGroup;
+        grow(values_, values_size_, rows * num_groups * kGroup * sizeof(int16_t));
+        grow(scales_, scales_size_, rows * num_groups);
+        grow(sums_, sums_size_, rows * num_groups);
+        return {values_.get(), scales_.get(), sums_.get()};
+    }
+
+    template <class T>
+    static void grow(std::unique_ptr<T[], AlignedFree>& array, size_t& size, size_t wanted) {
+        if (wanted > size) {
+            array = aligned_array<T>(wanted);
+            size = wanted;
+        }
+    }
+
+    ThreadTeam team;
+    const DecoderKernels* kernels;
+
+private:
+    std::unique_ptr<char[], AlignedFree> values_;
+    std::unique_ptr<float[], AlignedFree> scales_, sums_;
+    size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;
+};
+
+// Rows [begin, end) of x into the form that the map's weights want.
+Activations prepare_rows(Workspace& space, WeightKind kind, float* x, int rows, int width, Activations& target) {
+    if (kind == WeightKind::f32) return {x, nullptr, nullptr};
+    space.team.share(rows, 1, [&](int begin, int end) {
+        for (int r = begin; r < end; ++r)
+            space.kernels->prepare(kind, x + size_t(r) * width, width, r, target);
+    });
+    space.team.barrier();
+    return target;
+}
+
+// Calls finish(first_row, rows, first_column, columns, tile) for every tile of x times the map.
+template <class Finish>
+void for_tiles(Workspace& space, const PackedLinear& map, const Activations& x, int rows, const Finish& finish) {
+    const PackedWeights& w = map.weights();
+    const int num_blocks = (rows + kRowBlock - 1) / kRowBlock;
+    const int chunk = std::max(1, w.num_panels / (space.team.size() * 8));
+    const int num_chunks = (w.num_panels + chunk - 1) / chunk;
+    space.team.share(num_blocks * num_chunks, 1, [&](int item, int) {
+        const int first_row = item / num_chunks * kRowBlock, first_panel = item % num_chunks * chunk;
+        const int count = std::min(kRowBlock, rows - first_row);
+        alignas(64) float tile[kRowBlock * kPanel];
+        for (int panel = first_panel; panel < std::min(first_panel + chunk, w.num_panels); ++panel) {
+            space.kernels->tile(w, panel, x, first_row, count, tile);
+            if (map.bias() != nullptr)
+                for (int r = 0; r < count; ++r)
+                    for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] += map.bias()[panel * kPanel + c];
+            finish(first_row, count, panel * kPanel, std::min(kPanel, w.num_outputs - panel * kPanel), tile);
+        }
+    });
+    space.team.barrier();
+}
+
+struct Layer {
+    std::vector<float> attention_norm, ffn_norm, q_norm, k_norm;
+    const PackedLinear *q, *k, *v, *o, *gate, *up, *down;
+    std::vector<nb::object> owners;
+};
+
+struct Shape {
+    int dim, num_heads, num_kv_heads, head_dim, ffn_dim;
+    float norm_eps;
+};
+
+class NativeDecoder {
+public:
+    NativeDecoder(Workspace& space, int dim, int num_heads, int num_kv_heads, int head_dim, int ffn_dim,
+                  float norm_eps, Vector final_norm, Matrix cos, Matrix sin)
+        : space_(space), shape_{dim, num_heads, num_kv_heads, head_dim, ffn_dim, norm_eps},
+          final_norm_(final_norm.data(), final_norm.data() + final_norm.size()),
+          cos_(cos.data(), cos.data() + cos.size()), sin_(sin.data(), sin.data() + sin.size()),
+          max_positions_(int(cos.shape(0))) {
+        want(head_dim % 8 == 0, "head_dim is not a multiple of 8");
+        want(int(final_norm.size()) == dim, "final_norm is not (dim,)");
+        want(int(cos.shape(1)) == head_dim / 2 && cos.size() == sin.size(),
+             "cos and sin are not (positions, head_dim / 2)");
+    }
+
+    void add_layer(Vector attention_norm, Vector ffn_norm, std::optional<Vector> q_norm,
+                   std::optional<Vector> k_norm, std::vector<nb::object> maps) {
+        want(maps.size() == 7, "a layer has seven maps: q, k, v, o, gate, up, down");
+        Layer layer;
+        const auto copy = [](const Vector& v) { return std::vector<float>(v.data(), v.data() + v.size()); };
+        layer.attention_norm = copy(attention_norm);
+        layer.ffn_norm = copy(ffn_norm);
+        if (q_norm) layer.q_norm = copy(*q_norm);
+        if (k_norm) layer.k_norm = copy(*k_norm);
+        const PackedLinear** targets[] = {&layer.q,    &layer.k,  &layer.v,   &layer.o,
+                                          &layer.gate, &layer.up, &layer.down};
+        for (int i = 0; i < 7; ++i) *targets[i] = nb::cast<const PackedLinear*>(maps[i]);
+        const Shape& s = shape_;
+        const int q_dim = s.num_heads * s.head_dim, kv_dim = s.num_kv_heads * s.head_dim;
+        const int sizes[7][2] = {{q_dim, s.dim}, {kv_dim, s.dim},    {kv_dim, s.dim},   {s.dim, q_dim},
+                                 {s.ffn_dim, s.dim}, {s.ffn_dim, s.dim}, {s.dim, s.ffn_dim}};
+        for (int i = 0; i < 7; ++i)
+            want((*targets[i])->num_outputs() == sizes[i][0] && (*targets[i])->num_inputs() == sizes[i][1],
+                 "a map's shape does not fit the decoder");
+        const auto kind = [](const PackedLinear* map) { return map->weights().kind; };
+        want(kind(layer.q) == kind(layer.k) && kind(layer.q) == kind(layer.v) && kind(layer.gate) == kind(layer.up),
+             "maps that read the same inputs are of different kinds");
+        want(int(layer.attention_norm.size()) == s.dim && int(layer.ffn_norm.size()) == s.dim,
+             "a norm is not (dim,)");
+        layer.owners = std::move(maps);
+        layers_.push_back(std::move(layer));
+    }
+
+    // hidden (num_tokens, dim): embeddings in, states after the final norm out.
+    void forward(MutableMatrix hidden, Indices positions, Indices query_starts, Indices context_lens,
+                 Tables block_tables, Cache k_cache, Cache v_cache) {
+        Step step;
+        step.rows = int(hidden.shape(0));
+        step.hidden = hidden.data();
+        step.positions = positions.data();
+        step.block_tables = block_tables.data();
+        step.table_width = int(block_tables.shape(1));
+        step.cache_layer = k_cache.shape(1) * k_cache.shape(2) * k_cache.shape(3) * k_cache.shape(4);
+        step.block_size = int(k_cache.shape(3));
+        step.keys = k_cache.data();
+        step.values = v_cache.data();
+        check(step, hidden, positions, query_starts, context_lens, block_tables, k_cache, v_cache);
+        sequence_of_row_.resize(step.rows);
+        for (size_t seq = 0; seq < context_lens.size(); ++seq)
+            for (int r = query_starts.data()[seq]; r < query_starts.data()[seq + 1]; ++r)
+                sequence_of_row_[r] = int(seq);
+        reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()));
+        nb::gil_scoped_release release;
+        space_.team.run([&](int thread) { run(step, thread); });
+    }
+
+private:
+    struct Step {
+        int rows, table_width, block_size;
+        float* hidden;
+        const int32_t *positions, *block_tables;
+        size_t cache_layer;
+        float *keys, *values;
+    };
+
+    void check(const Step& step, const MutableMatrix& hidden, const Indices& positions, const Indices& starts,
+               const Indices& contexts, const Tables& tables, const Cache& k_cache, const Cache& v_cache) const {
+        const size_t num_seqs = contexts.size();
+        want(num_seqs > 0 && starts.size() == num_seqs + 1 && tables.shape(0) == num_seqs,
+             "query_starts, context_lens and block_tables disagree on the number of sequences");
+        want(int(hidden.shape(1)) == shape_.dim, "hidden is not (num_tokens, dim)");
+        want(int(positions.size()) == step.rows && starts.data()[0] == 0 && starts.data()[num_seqs] == step.rows,
+             "positions or query_starts do not fit the number of tokens");
+        want(k_cache.shape(0) == layers_.size() && int(k_cache.shape(2)) == shape_.num_kv_heads &&
+                 int(k_cache.shape(4)) == shape_.head_dim && k_cache.size() == v_cache.size(),
+             "the caches are not (num_layers, num_blocks, num_kv_heads, block_size, head_dim)");
+        for (size_t s = 0; s < num_seqs; ++s) {
+            const int context = contexts.data()[s], count = starts.data()[s + 1] - starts.data()[s];
+            want(count > 0 && count <= context && context <= max_positions_,
+                 "a sequence has more queries than tokens, or more tokens than positions");
+            const int blocks = (context + step.block_size - 1) / step.block_size;
+            want(blocks <= step.table_width, "a context is longer than its block table");
+            for (int b = 0; b < blocks; ++b) {
+                const int block = tables.data()[s * step.table_width + b];
+                want(block >= 0 && size_t(block) < k_cache.shape(1), "a block id is out of range");
+            }
+            for (int i = 0; i < count; ++i)
+                want(positions.data()[starts.data()[s] + i] == context - count + i,
+                     "a position is not that of its query");
+        }
+    }
+
+    void reserve(int rows, int longest) {
+        const Shape& s = shape_;
+        const int q_dim = s.num_heads * s.head_dim, kv_dim = s.num_kv_heads * s.head_dim;
+        Workspace::grow(normed_, normed_size_, size_t(rows) * s.dim);
+        Workspace::grow(q_, q_size_, size_t(rows) * q_dim);
+        Workspace::grow(k_, k_size_, size_t(rows) * kv_dim);
+        Workspace::grow(v_, v_size_, size_t(rows) * kv_dim);
+        Workspace::grow(attended_, attended_size_, size_t(rows) * q_dim);
+        Workspace::grow(gate_, gate_size_, size_t(rows) * s.ffn_dim);
+        Workspace::grow(up_, up_size_, size_t(rows) * s.ffn_dim);
+        scores_stride_ = size_t(s.num_heads / s.num_kv_heads) * (longest + 8);
+        Workspace::grow(scores_, scores_size_, scores_stride_ * space_.team.size());
+        prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
+    }
+
+    void norm_rows(const Step& step, const std::vector<float>& weight, float* out) {
+        space_.team.share(step.rows, 1, [&](int begin, int end) {
+            for (int r = begin; r < end; ++r)
+                space_.kernels->rms_norm(step.hidden + size_t(r) * shape_.dim, weight.data(), shape_.norm_eps,
+                                         shape_.dim, out + size_t(r) * shape_.dim);
+        });
+        space_.team.barrier();
+    }
+
+    // out (rows, num_outputs) = x times the map
+    void linear(const PackedLinear& map, const Activations& x, int rows, float* out) {
+        const int width = map.num_outputs();
+        for_tiles(space_, map, x, rows, [&](int first_row, int count, int column, int columns, const float* tile) {
+            for (int r = 0; r < count; ++r)
+                std::copy_n(tile + r * kPanel, columns, out + size_t(first_row + r) * width + column);
+        });
+    }
+
+    // hidden += x times the map
+    void linear_add(const Step& step, const PackedLinear& map, float* x) {
+        const Activations prepared = prepare_rows(space_, map.weights().kind, x, step.rows, map.num_inputs(), prepared_);
+        for_tiles(space_, map, prepared, step.rows,
+                  [&](int first_row, int count, int column, int columns, const float* tile) {
+                      for (int r = 0; r < count; ++r) {
+                          float* target = step.hidden + size_t(first_row + r) * shape_.dim + column;
+                          for (int c = 0; c < columns; ++c) target[c] += tile[r * kPanel + c];
+                      }
+                  });
+    }
+
+    void rotate_and_store(const Step& step, const Layer& layer, size_t cache_offset) {
+        const Shape& s = shape_;
+        const size_t run = size_t(step.block_size) * s.head_dim;
+        space_.team.share(step.rows, 1, [&](int begin, int end) {
+            for (int r = begin; r < end; ++r) {
+                const int position = step.positions[r];
+                const float* cos = cos_.data() + size_t(position) * (s.head_dim / 2);
+                const float* sin = sin_.data() + size_t(position) * (s.head_dim / 2);
+                const auto turn = [&](float* head, const std::vector<float>& norm) {
+                    if (!norm.empty()) space_.kernels->rms_norm(head, norm.data(), s.norm_eps, s.head_dim, head);
+                    space_.kernels->rotate(head, cos, sin, s.head_dim);
+                };
+                for (int h = 0; h < s.num_heads; ++h)
+                    turn(q_.get() + (size_t(r) * s.num_heads + h) * s.head_dim, layer.q_norm);
+                const int32_t* table = step.block_tables + size_t(sequence_of_row_[r]) * step.table_width;
+                const size_t block = table[position / step.block_size];
+                for (int h = 0; h < s.num_kv_heads; ++h) {
+                    const size_t head = (size_t(r) * s.num_kv_heads + h) * s.head_dim;
+                    turn(k_.get() + head, layer.k_norm);
+                    const size_t slot = cache_offset + (block * s.num_kv_heads + h) * run +
+                                        size_t(position % step.block_size) * s.head_dim;
+                    std::copy_n(k_.get() + head, s.head_dim, step.keys + slot);
+                    std::copy_n(v_.get() + head, s.head_dim, step.values + slot);
+                }
+            }
+        });
+        space_.team.barrier();
+    }
+
+    void attend(const Step& step, size_t cache_offset, int thread) {
+        const Shape& s = shape_;
+        const int group = s.num_heads / s.num_kv_heads;
+        const float scale = 1.0f / std::sqrt(float(s.head_dim));
+        const CacheView cache{step.keys + cache_offset, step.values + cache_offset, s.num_kv_heads,
+                              step.block_size, s.head_dim};
+        float* scores = scores_.get() + scores_stride_ * thread;
+        space_.team.share(step.rows * s.num_kv_heads, 1, [&](int item, int) {
+            // Long contexts first, so that no thread is left with one at the end.
+            const int r = step.rows - 1 - item / s.num_kv_heads, h = item % s.num_kv_heads;
+            const size_t at = (size_t(r) * s.num_heads + size_t(h) * group) * s.head_dim;
+            space_.kernels->attend(q_.get() + at, group, cache, h,
+                                   step.block_tables + size_t(sequence_of_row_[r]) * step.table_width,
+                                   step.positions[r] + 1, scale, scores, attended_.get() + at);
+        });
+        space_.team.barrier();
+    }
+
+    void run(const Step& step, int thread) {
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            const Layer& layer = layers_[i];
+            norm_rows(step, layer.attention_norm, normed_.get());
+            Activations x = prepare_rows(space_, layer.q->weights().kind, normed_.get(), step.rows, shape_.dim,
+                                         prepared_);
+            linear(*layer.q, x, step.rows, q_.get());
+            linear(*layer.k, x, step.rows, k_.get());
+            linear(*layer.v, x, step.rows, v_.get());
+            rotate_and_store(step, layer, i * step.cache_layer);
+            attend(step, i * step.cache_layer, thread);
+            linear_add(step, *layer.o, attended_.get());
+            norm_rows(step, layer.ffn_norm, normed_.get());
+            x = prepare_rows(space_, layer.gate->weights().kind, normed_.get(), step.rows, shape_.dim, prepared_);
+            linear(*layer.gate, x, step.rows, gate_.get());
+            linear(*layer.up, x, step.rows, up_.get());
+            space_.team.share(step.rows, 1, [&](int begin, int end) {
+                for (int r = begin; r < end; ++r) {
+                    float* gate = gate_.get() + size_t(r) * shape_.ffn_dim;
+                    space_.kernels->silu_mul(gate, up_.get() + size_t(r) * shape_.ffn_dim, shape_.ffn_dim, gate);
+                }
+            });
+            space_.team.barrier();
+            linear_add(step, *layer.down, gate_.get());
+        }
+        norm_rows(step, final_norm_, step.hidden);
+    }
+
+    Workspace& space_;
+    const Shape shape_;
+    const std::vector<float> final_norm_, cos_, sin_;
+    const int max_positions_;
+    std::vector<Layer> layers_;
+    std::vector<int> sequence_of_row_;
+    Activations prepared_{};
+    size_t scores_stride_ = 0;
+    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scores_;
+    size_t normed_size_ = 0, q_size_ = 0, k_size_ = 0, v_size_ = 0, attended_size_ = 0, gate_size_ = 0,
+           up_size_ = 0, scores_size_ = 0;
+};
+
+// out (rows, num_outputs) = x (rows, num_inputs) times the map
+void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix out) {
+    want(int(x.shape(1)) == map.num_inputs() && int(out.shape(1)) == map.num_outputs() &&
+             x.shape(0) == out.shape(0),
+         "x is not (rows, num_inputs), or out not (rows, num_outputs)");
+    const int rows = int(x.shape(0));
+    if (rows == 0) return;
+    Activations target = space.prepared(rows, map.num_inputs());
+    nb::gil_scoped_release release;
+    space.team.run([&](int) {
+        // The kernels read plain activations only.
+        float* values = const_cast<float*>(x.data());
+        const Activations prepared =
+            prepare_rows(space, map.weights().kind, values, rows, map.num_inputs(), target);
+        for_tiles(space, map, prepared, rows,
+                  [&](int first_row, int count, int column, int columns, const float* tile) {
+                      for (int r = 0; r < count; ++r)
+                          std::copy_n(tile + r * kPanel, columns,
+                                      out.data() + size_t(first_row + r) * map.num_outputs() + column);
+                  });
+    });
+}
+
+}  // namespace
+
+void register_decoder(nb::module_& m) {
+    nb::class_<Workspace>(m, "Workspace")
+        .def(nb::init<int, bool>(), nb::arg("num_threads"), nb::arg("portable") = false)
+        .def_prop_ro("num_threads", [](const Workspace& w) { return w.team.size(); })
+        .def_prop_ro("instruction_set", [](const Workspace& w) { return std::string(w.kernels->name); });
+    nb::class_<PackedLinear>(m, "PackedLinear")
+        .def(
+            "__init__",
+            [](PackedLinear* self, Matrix weight, const std::string& kind, std::optional<Vector> bias) {
+                want(!bias || bias->size() == weight.shape(0), "bias is not (num_outputs,)");
+                new (self) PackedLinear(weight.data(), int(weight.shape(0)), int(weight.shape(1)),
+                                        kind_named(kind), bias ? bias->data() : nullptr);
+            },
+            nb::arg("weight"), nb::arg("kind"), nb::arg("bias") = nb::none())
+        .def_prop_ro("num_bytes", &PackedLinear::num_bytes)
+        .def("unpack",
+             [](const PackedLinear& self, MutableMatrix out) {
+                 want(int(out.shape(0)) == self.num_outputs() && int(out.shape(1)) == self.num_inputs(),
+                      "out is not (num_outputs, num_inputs)");
+                 self.unpack(out.data());
+             })
+        .def("apply", &apply, nb::arg("workspace"), nb::arg("x"), nb::arg("out"));
+    nb::class_<NativeDecoder>(m, "NativeDecoder")
+        .def(nb::init<Workspace&, int, int, int, int, int, float, Vector, Matrix, Matrix>(),
+             nb::keep_alive<1, 2>())
+        .def("add_layer", &NativeDecoder::add_layer, nb::arg("attention_norm"), nb::arg("ffn_norm"),
+             nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("maps"))
+        .def("forward", &NativeDecoder::forward);
+}
+
+}  // namespace scone

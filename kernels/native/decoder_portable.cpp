@@ -1,0 +1,17 @@
+// The decoder's inner loops for any processor (SSE2, NEON: whatever the compiler's baseline has).
+#include "decoder_kernels.hpp"
+
+namespace scone {
+namespace portable {
+#include "decoder_kernels.inl"
+}  // namespace portable
+
+const DecoderKernels* decoder_kernels_portable() {
+    static const DecoderKernels kernels = {
+        "portable",         portable::tile,   portable::prepare, portable::rms_norm,
+        portable::silu_mul, portable::rotate, portable::attend,
+    };
+    return &kernels;
+}
+
+}  // namespace scone

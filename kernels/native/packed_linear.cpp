@@ -1,0 +1,143 @@
+#include "packed_linear.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace scone {
+namespace {
+
+// Half precision, rounded to nearest even; done here since packing must not need special instructions.
+uint16_t to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const float magnitude = std::fabs(value);
+    if (!(magnitude < 65520.0f)) return uint16_t(sign | 0x7c00u | (value != value ? 0x200u : 0));
+    if (magnitude < 6.103515625e-5f) return uint16_t(sign | uint32_t(std::nearbyint(magnitude * 16777216.0f)));
+    uint32_t rest = (bits & 0x7fffffffu) - 0x38000000u;
+    rest += 0xfffu + (rest >> 13 & 1u);
+    return uint16_t(sign | rest >> 13);
+}
+
+float from_half(uint16_t h) {
+    const float sign = h & 0x8000u ? -1.0f : 1.0f;
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * std::ldexp(float(mantissa), -24);
+    return sign * std::ldexp(float(1024 + mantissa), exponent - 25);
+}
+
+constexpr int kInt8Bytes = 2 * kPanel + kGroup * kPanel;
+constexpr int kInt4Bytes = 4 * kPanel + kGroup * kPanel / 2;
+
+struct Group {  // of one column
+    float scale, minimum;
+    int values[kGroup];
+};
+
+// Symmetric, 127 levels each way, as ggml's Q8_0: a tensor that was stored so is kept exactly.
+Group round_int8(const float* x) {
+    float largest = 0.0f;
+    for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
+    Group g{from_half(to_half(largest / 127.0f)), 0.0f, {}};
+    for (int i = 0; i < kGroup && g.scale > 0; ++i)
+        g.values[i] = int(std::max(-127.0f, std::min(127.0f, std::nearbyint(x[i] / g.scale))));
+    return g;
+}
+
+// 16 levels from least to largest, as ggml's Q4_1: a tensor that was stored so is kept exactly.
+Group round_int4(const float* x) {
+    const float least = *std::min_element(x, x + kGroup), largest = *std::max_element(x, x + kGroup);
+    Group g{from_half(to_half((largest - least) / 15.0f)), from_half(to_half(least)), {}};
+    for (int i = 0; i < kGroup && g.scale > 0; ++i)
+        g.values[i] = int(std::max(0.0f, std::min(15.0f, std::nearbyint((x[i] - g.minimum) / g.scale))));
+    return g;
+}
+
+}  // namespace
+
+PackedLinear::PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind,
+                           const float* bias) {
+    const int num_panels = (num_outputs + kPanel - 1) / kPanel, num_groups = (num_inputs + kGroup - 1) / kGroup;
+    const size_t panel_bytes = kind == WeightKind::f32    ? sizeof(float) * kPanel * num_inputs
+                               : kind == WeightKind::int8 ? size_t(kInt8Bytes) * num_groups
+                                                          : size_t(kInt4Bytes) * num_groups;
+    data_ = aligned_array<unsigned char>(num_panels * panel_bytes);
+    weights_ = {kind, num_outputs, num_inputs, num_panels, num_groups, panel_bytes, data_.get()};
+    for (int panel = 0; panel < num_panels; ++panel) pack_panel(weight, panel);
+    if (bias != nullptr) {
+        bias_.assign(size_t(num_panels) * kPanel, 0.0f);
+        std::copy(bias, bias + num_outputs, bias_.begin());
+    }
+}
+
+void PackedLinear::pack_panel(const float* weight, int panel) {
+    const PackedWeights& w = weights_;
+    unsigned char* target = data_.get() + panel * w.panel_bytes;
+    const int num_columns = std::min(kPanel, w.num_outputs - panel * kPanel);
+    const float* first = weight + size_t(panel) * kPanel * w.num_inputs;
+    std::memset(target, 0, w.panel_bytes);
+    if (w.kind == WeightKind::f32) {
+        float* out = reinterpret_cast<float*>(target);
+        for (int c = 0; c < num_columns; ++c)
+            for (int k = 0; k < w.num_inputs; ++k) out[k * kPanel + c] = first[size_t(c) * w.num_inputs + k];
+        return;
+    }
+    for (int g = 0; g < w.num_groups; ++g) {
+        for (int c = 0; c < num_columns; ++c) {
+            float x[kGroup] = {};
+            const int count = std::min(kGroup, w.num_inputs - g * kGroup);
+            std::copy_n(first + size_t(c) * w.num_inputs + g * kGroup, count, x);
+            const int half = c / 8, lane = c % 8;
+            if (w.kind == WeightKind::int8) {
+                unsigned char* group = target + size_t(g) * kInt8Bytes;
+                const Group rounded = round_int8(x);
+                const uint16_t scale = to_half(rounded.scale);
+                std::memcpy(group + 2 * c, &scale, 2);
+                unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
+                for (int i = 0; i < kGroup; ++i)
+                    values[i / 2 * 16 + lane * 2 + i % 2] = static_cast<unsigned char>(rounded.values[i]);
+            } else {
+                unsigned char* group = target + size_t(g) * kInt4Bytes;
+                const Group rounded = round_int4(x);
+                const uint16_t scale = to_half(rounded.scale), minimum = to_half(rounded.minimum);
+                std::memcpy(group + 2 * c, &scale, 2);
+                std::memcpy(group + 2 * kPanel + 2 * c, &minimum, 2);
+                unsigned char* values = group + 4 * kPanel + half * kGroup * 4;
+                for (int i = 0; i < kGroup; ++i)
+                    values[i % 16 / 4 * 32 + lane * 4 + i % 4] |= rounded.values[i] << (i < 16 ? 0 : 4);
+            }
+        }
+    }
+}
+
+void PackedLinear::unpack(float* out) const {
+    const PackedWeights& w = weights_;
+    for (int n = 0; n < w.num_outputs; ++n) {
+        const unsigned char* panel = w.data + size_t(n / kPanel) * w.panel_bytes;
+        const int c = n % kPanel, half = c / 8, lane = c % 8;
+        for (int k = 0; k < w.num_inputs; ++k) {
+            const int g = k / kGroup, i = k % kGroup;
+            float& value = out[size_t(n) * w.num_inputs + k];
+            if (w.kind == WeightKind::f32) {
+                value = reinterpret_cast<const float*>(panel)[k * kPanel + c];
+            } else if (w.kind == WeightKind::int8) {
+                const unsigned char* group = panel + size_t(g) * kInt8Bytes;
+                uint16_t scale;
+                std::memcpy(&scale, group + 2 * c, 2);
+                const unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
+                value = from_half(scale) * static_cast<int8_t>(values[i / 2 * 16 + lane * 2 + i % 2]);
+            } else {
+                const unsigned char* group = panel + size_t(g) * kInt4Bytes;
+                uint16_t scale, minimum;
+                std::memcpy(&scale, group + 2 * c, 2);
+                std::memcpy(&minimum, group + 2 * kPanel + 2 * c, 2);
+                const int both = group[4 * kPanel + half * kGroup * 4 + i % 16 / 4 * 32 + lane * 4 + i % 4];
+                value = from_half(scale) * float(i < 16 ? both & 15 : both >> 4) + from_half(minimum);
+            }
+        }
+    }
+}
+
+}  // namespace scone

@@ -1,0 +1,49 @@
+// Weights of a linear map, packed for the kernels, with its optional bias.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "decoder_kernels.hpp"
+
+namespace scone {
+
+struct AlignedFree {
+    void operator()(void* p) const { std::free(p); }
+};
+
+// Uninitialised memory at 64-byte boundaries, so that no vector straddles two cache lines.
+template <class T>
+std::unique_ptr<T[], AlignedFree> aligned_array(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 64 + 63) / 64 * 64;
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) throw std::bad_alloc();
+    return std::unique_ptr<T[], AlignedFree>(static_cast<T*>(p));
+}
+
+class PackedLinear {
+public:
+    // weight (num_outputs, num_inputs) row by row.
+    PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind, const float* bias);
+
+    const PackedWeights& weights() const { return weights_; }
+    int num_outputs() const { return weights_.num_outputs; }
+    int num_inputs() const { return weights_.num_inputs; }
+    size_t num_bytes() const { return weights_.num_panels * weights_.panel_bytes; }
+    // (num_panels * 16,), or nullptr.
+    const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+    // The weights as the kernels use them: out (num_outputs, num_inputs).
+    void unpack(float* out) const;
+
+private:
+    void pack_panel(const float* weight, int panel);
+
+    PackedWeights weights_;
+    std::unique_ptr<unsigned char[], AlignedFree> data_;
+    std::vector<float> bias_;
+};
+
+}  // namespace scone

@@ -1,0 +1,87 @@
+"""A Llama-family decoder as one native call a step, over packed weights and a paged cache.
+
+Native (native/decoder.cpp). The oracle is `scone.model_store.decoder.Decoder` with paged attention in
+torch, on the same rounded weights. Every element of the result is computed in an order that depends on
+its own sequence alone, so that a token's hidden state is the same bit for bit in any batch and chunking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scone.kernels.extension import native
+from scone.kernels.packed_linear import PackedLinear, Workspace
+from scone.kernels.paged_attention import PagedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer: norms float32; maps q, k, v, o, gate, up, down."""
+
+    attention_norm: Tensor
+    ffn_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    maps: tuple[PackedLinear, ...]
+
+
+class NativeDecoder:
+    """All layers and the final norm; one caller at a time."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        layers: list[LayerWeights],
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        final_norm: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """cos and sin (positions, head_dim / 2): the rotation of each position that may occur."""
+        assert native is not None, "needs the native extension"
+        down = layers[0].maps[-1]
+        self._native: Any = native.NativeDecoder(
+            workspace.native,
+            down.num_outputs,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            down.num_inputs,
+            norm_eps,
+            final_norm.float().contiguous(),
+            cos.float().contiguous(),
+            sin.float().contiguous(),
+        )
+        for layer in layers:
+            self._native.add_layer(
+                layer.attention_norm.float().contiguous(),
+                layer.ffn_norm.float().contiguous(),
+                None if layer.q_norm is None else layer.q_norm.float().contiguous(),
+                None if layer.k_norm is None else layer.k_norm.float().contiguous(),
+                [linear.native for linear in layer.maps],
+            )
+
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """Turns embeddings (num_tokens, dim) float32 into hidden states, in place; stores keys and values.
+
+        positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
+        """
+        self._native.forward(
+            embeddings,
+            positions,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            k_cache,
+            v_cache,
+        )
+        return embeddings

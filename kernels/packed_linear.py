@@ -1,0 +1,114 @@
+"""Linear maps whose weights are packed for the processor: float32, or rounded to 8 or 4 bits.
+
+Native (native/packed_linear.cpp, native/decoder_kernels.inl). Weights are rounded in groups of 32 inputs:
+`int8` symmetrically with a half-precision scale, as ggml's Q8_0; `int4` to 16 levels between the least and
+the largest, as its Q4_1. A tensor that was stored in those formats is kept exactly. Inputs are rounded
+too, in the same groups: to 16 bits for `int8` weights (which costs nothing measurable) and to 8 bits for
+`int4`. Sums are exact integers within a group and float32 over groups, in an order that does not depend
+on the number of rows: results are the same alone and in any batch.
+
+The `*_reference` functions are the oracle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scone.kernels.extension import native
+
+WeightKind = Literal["f32", "int8", "int4"]
+
+GROUP = 32
+
+
+class Workspace:
+    """The threads and scratch memory that the native maps of one model share; one caller at a time."""
+
+    def __init__(self, num_threads: int, *, portable: bool = False) -> None:
+        """`portable` runs the kernels that need no particular instruction set."""
+        assert native is not None, "needs the native extension"
+        self.native: Any = native.Workspace(num_threads, portable)
+
+    @property
+    def instruction_set(self) -> str:
+        """`avx2` or `portable`."""
+        return str(self.native.instruction_set)
+
+
+class PackedLinear:
+    """A linear map (num_outputs, num_inputs) with packed weights."""
+
+    def __init__(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> None:
+        """weight and bias of any float dtype; neither is kept."""
+        assert native is not None, "needs the native extension"
+        self.num_outputs, self.num_inputs = weight.shape
+        self.kind = kind
+        self.native: Any = native.PackedLinear(
+            _float32(weight), kind, None if bias is None else _float32(bias)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.native.num_bytes)
+
+    def weight(self) -> Tensor:
+        """The weights (num_outputs, num_inputs) float32 as they are used, rounding included."""
+        out = torch.empty(self.num_outputs, self.num_inputs)
+        self.native.unpack(out)
+        return out
+
+    def __call__(self, workspace: Workspace, x: Tensor) -> Tensor:
+        """x (rows, num_inputs) float32 -> (rows, num_outputs) float32."""
+        out = torch.empty(len(x), self.num_outputs)
+        self.native.apply(workspace.native, x.contiguous(), out)
+        return out
+
+
+def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
+    """What `PackedLinear(weight, kind).weight()` gives."""
+    if kind == "f32":
+        return weight.float()
+    groups = _groups(weight.float())
+    if kind == "int8":
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
+        levels = (groups / scale).nan_to_num(0).round().clamp(-127, 127)
+        rounded = levels * scale
+    else:
+        least, largest = groups.aminmax(dim=-1, keepdim=True)
+        scale, minimum = ((largest - least) / 15).half().float(), least.half().float()
+        levels = ((groups - minimum) / scale).nan_to_num(0, 0, 0).round().clamp(0, 15)
+        rounded = levels * scale + minimum
+    return rounded.flatten(-2)[..., : weight.shape[-1]]
+
+
+def rounded_input_reference(x: Tensor, kind: WeightKind) -> Tensor:
+    """The inputs as a map of that kind uses them."""
+    if kind == "f32":
+        return x
+    limit = torch.tensor(32767.0 if kind == "int8" else 127.0)
+    groups = _groups(x)
+    largest = groups.abs().amax(-1, keepdim=True)
+    levels = (groups * (limit / largest)).nan_to_num(0, 0, 0).round()
+    return (levels * (largest / limit)).flatten(-2)[..., : x.shape[-1]]
+
+
+def packed_linear_reference(
+    x: Tensor, weight: Tensor, kind: WeightKind, bias: Tensor | None = None
+) -> Tensor:
+    """The map by plain float32 arithmetic on rounded weights and inputs."""
+    return torch.nn.functional.linear(
+        rounded_input_reference(x, kind), rounded_weight_reference(weight, kind), bias
+    )
+
+
+def _groups(x: Tensor) -> Tensor:
+    """(..., n) -> (..., groups, 32), padded with zeros."""
+    padding = -x.shape[-1] % GROUP
+    return torch.nn.functional.pad(x, (0, padding)).view(*x.shape[:-1], -1, GROUP)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.detach().float().cpu().contiguous()

@@ -1,0 +1,99 @@
+"""Packed linear maps against plain torch on the rounded weights, for both instruction sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scone.kernels.extension import native
+from scone.kernels.packed_linear import (
+    PackedLinear,
+    WeightKind,
+    Workspace,
+    packed_linear_reference,
+    rounded_weight_reference,
+)
+
+pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
+
+KINDS: list[WeightKind] = ["f32", "int8", "int4"]
+
+
+@pytest.fixture(params=[False, True], ids=["best", "portable"])
+def workspace(request: pytest.FixtureRequest) -> Workspace:
+    return Workspace(2, portable=request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 31), (100, 96), (40, 600)])
+def test_equals_the_reference(workspace: Workspace, kind: WeightKind, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    linear = PackedLinear(weight, kind, bias)
+    assert torch.equal(linear.weight(), rounded_weight_reference(weight, kind))
+    for rows in (1, 2, 5, 6, 7, 64, 65, 130):
+        x = torch.randn(rows, shape[1])
+        result = linear(workspace, x)
+        expected = packed_linear_reference(x, weight, kind, bias)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_bits_in_any_batch(workspace: Workspace, kind: WeightKind) -> None:
+    torch.manual_seed(1)
+    linear = PackedLinear(torch.randn(70, 300), kind)
+    x = torch.randn(131, 300)
+    together = linear(workspace, x)
+    for begin, end in ((0, 1), (3, 5), (60, 70), (128, 131)):
+        assert torch.equal(linear(workspace, x[begin:end]), together[begin:end])
+    assert torch.equal(linear(Workspace(1), x), linear(Workspace(3), x))
+
+
+def test_rounding_errors_are_as_small_as_the_formats_allow() -> None:
+    torch.manual_seed(2)
+    weight = torch.randn(64, 256)
+    errors = {
+        kind: float((PackedLinear(weight, kind).weight() - weight).norm() / weight.norm()) for kind in KINDS
+    }
+    assert errors["f32"] == 0
+    assert errors["int8"] < 0.007
+    assert errors["int4"] < 0.09
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_were_rounded_before_are_kept(kind: WeightKind) -> None:
+    torch.manual_seed(3)
+    rounded = PackedLinear(torch.randn(64, 256), kind).weight()
+    again = PackedLinear(rounded, kind).weight()
+    assert float((again - rounded).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(workspace: Workspace, kind: WeightKind, bad: float) -> None:
+    torch.manual_seed(4)
+    linear = PackedLinear(torch.randn(20, 64), kind)
+    x = torch.randn(3, 64)
+    good = linear(workspace, x)
+    x[1, 40] = bad
+    result = linear(workspace, x)
+    assert not torch.isfinite(result[1]).any()
+    assert torch.equal(result[[0, 2]], good[[0, 2]])
+
+
+def test_extreme_weights_and_inputs(workspace: Workspace) -> None:
+    for weight in (torch.zeros(16, 32), torch.full((16, 32), 3.0), torch.full((16, 32), 1e-9)):
+        for kind in KINDS:
+            linear = PackedLinear(weight, kind)
+            torch.testing.assert_close(linear.weight(), rounded_weight_reference(weight, kind))
+            assert linear(workspace, torch.zeros(2, 32)).abs().max() == 0
+    largest = PackedLinear(torch.full((16, 32), 100.0), "int8")
+    x = torch.full((1, 32), -7.0)
+    torch.testing.assert_close(largest(workspace, x), torch.full((1, 16), -22400.0), rtol=1e-3, atol=0)
+
+
+def test_wrong_shapes_are_refused(workspace: Workspace) -> None:
+    with pytest.raises(ValueError, match="x is not"):
+        PackedLinear(torch.randn(4, 8), "f32")(workspace, torch.randn(2, 9))
+    with pytest.raises(ValueError, match="bias is not"):
+        PackedLinear(torch.randn(4, 8), "f32", torch.randn(5))

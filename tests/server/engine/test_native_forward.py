@@ -1,0 +1,128 @@
+"""The native decoder against the torch one over the same paged cache."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scone.kernels.extension import native
+from scone.kernels.packed_linear import WeightKind, rounded_weight_reference
+from scone.model_store.decoder import Decoder
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.native_forward import NativeForward
+from scone.server.engine.scheduler import Chunk, Sequence
+from scone.server.errors import SettingError
+
+from .conftest import TINY, random_prompt
+
+pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
+
+CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, block_size=8)
+
+
+def random_decoder(**shape: Any) -> Decoder:
+    torch.manual_seed(5)
+    decoder = Decoder(replace(TINY, **shape))
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return decoder.requires_grad_(False).eval()
+
+
+def hidden_states(runner: ModelRunner, prompts: list[list[int]], cuts: list[int]) -> list[Tensor]:
+    """Hidden states of the prompts, computed together in chunks that end at `cuts`."""
+    seqs = []
+    for i, prompt in enumerate(prompts):
+        seqs.append(Sequence(i, 0, prompt, block_ids=list(range(15 - i, 60, 4))))
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    start = 0
+    with torch.inference_mode():
+        for end in [*cuts, 128]:
+            chunks = [
+                Chunk(s, start, min(end, len(s.token_ids)) - start) for s in seqs if len(s.token_ids) > start
+            ]
+            if chunks:
+                hidden = runner.forward(chunks, runner.embed(chunks)).clone()
+                for chunk, part in zip(
+                    chunks, torch.split(hidden, [c.num_tokens for c in chunks]), strict=True
+                ):
+                    parts[chunk.seq.arrival].append(part)
+            start = end
+    return [torch.cat(p) for p in parts]
+
+
+PROMPTS = [random_prompt(seed, length, high=200) for seed, length in enumerate((1, 9, 40, 77))]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8},
+        {"num_heads": 2, "num_kv_heads": 1, "head_dim": 72, "dim": 40, "ffn_dim": 50},
+        {"attention_bias": True, "output_bias": True, "mlp_bias": True, "tied_head": False},
+        {"qk_norm": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+)
+def test_equals_torch(shape: dict[str, Any]) -> None:
+    decoder = random_decoder(**shape)
+    native_states = hidden_states(ModelRunner(decoder, CONFIG), PROMPTS, [16, 33])
+    torch_states = hidden_states(ModelRunner(decoder, replace(CONFIG, backend="torch")), PROMPTS, [16, 33])
+    for ours, oracle in zip(native_states, torch_states, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
+
+
+def test_int8_equals_torch_on_the_rounded_weights() -> None:
+    decoder = random_decoder()
+    rounded = copy.deepcopy(decoder)
+    for name, parameter in rounded.layers.named_parameters():
+        if parameter.dim() == 2:
+            assert "proj" in name
+            parameter.copy_(rounded_weight_reference(parameter, "int8"))
+    ours = hidden_states(ModelRunner(decoder, replace(CONFIG, quantization="int8")), PROMPTS, [16])
+    oracle = hidden_states(ModelRunner(rounded, replace(CONFIG, backend="torch")), PROMPTS, [16])
+    for a, b in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # inputs are rounded to 16 bits
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
+    config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
+    decoder = random_decoder()
+    together = hidden_states(ModelRunner(decoder, config), PROMPTS, [7, 8, 30])
+    for prompt, states in zip(PROMPTS, together, strict=True):
+        alone = hidden_states(ModelRunner(decoder, config), [prompt], [])
+        assert torch.equal(alone[0], states)
+        threaded = hidden_states(ModelRunner(decoder, replace(config, num_threads=3)), [prompt], [1, 2, 3])
+        assert torch.equal(threaded[0], states)
+
+
+def test_settings_that_need_native_kernels_say_so() -> None:
+    decoder = random_decoder()
+    for wrong in ({"quantization": "int8"}, {"deterministic": True}):
+        with pytest.raises(SettingError, match="needs the native CPU kernels, but backend is torch"):
+            ModelRunner(decoder, replace(CONFIG, backend="torch", **wrong))
+    odd = random_decoder(head_dim=20)
+    assert ModelRunner(odd, CONFIG).backend == "torch"
+    with pytest.raises(SettingError, match="head_dim is 20, not a multiple of 8"):
+        ModelRunner(odd, replace(CONFIG, backend="native"))
+
+
+def test_auto_takes_the_format_that_keeps_the_weights() -> None:
+    decoder = random_decoder()
+    stored: list[WeightKind] = ["int4", "int8"]
+    for block, kind in zip(decoder.layers, stored, strict=False):
+        for linear in block.children():
+            if isinstance(linear, torch.nn.Linear):
+                linear.weight.copy_(rounded_weight_reference(linear.weight, kind))
+    forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
+    assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["f32"] * 7
+    assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 21
