@@ -36,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for command in verbs.values():
         add_arguments(
-            subparsers.add_parser(command.name, help=command.help, description=command.help), command.settings
+            subparsers.add_parser(
+                command.name,
+                help=command.help,
+                description=command.help,
+                # Else --api-key, which does not exist for good reason, would mean --api-key-file.
+                allow_abbrev=False,
+            ),
+            command.settings,
         )
     arguments = vars(parser.parse_args(words))
     command = verbs[arguments.pop("verb")]

@@ -90,6 +90,12 @@ ENGINE_SETTINGS = (
         help="prompt tokens that may wait; more are answered 503 queue_full",
     ),
     Setting(
+        name="max_num_staged_tokens",
+        kind=int,
+        default=_ENGINE.max_num_staged_tokens,
+        help="prompt tokens of waiting requests whose rows may be read ahead",
+    ),
+    Setting(
         name="enable_prefix_caching",
         kind=parse_bool,
         default=_ENGINE.enable_prefix_caching,
@@ -226,6 +232,7 @@ def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
             kv_cache_bytes=settings.kv_cache_bytes,
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
+            max_num_staged_tokens=settings.max_num_staged_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,
             quantization=settings.quantization,
             backend=settings.backend,

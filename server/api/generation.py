@@ -36,6 +36,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._unfinished = {(i, k) for i, request in enumerate(requests) for k in range(request.n)}
         self._interruption: ApiError | None = None
+        self._timers: list[asyncio.TimerHandle] = []
         self._started = time.monotonic()
         self._usages: dict[tuple[int, int], RequestUsage] = {}
         self._finish_reasons: Counter[str] = Counter()
@@ -51,6 +52,7 @@ class Generation:
             self._state.metrics.admission_rejections.labels(error.code).inc()
             raise
         self._state.in_flight.add(self)
+        self._set_limits()
         self._state.metrics.prompt_tokens.inc(sum(len(request.input_ids) for request in self._requests))
 
     @property
@@ -66,25 +68,32 @@ class Generation:
 
         Raises ApiError if the request ran out of time, was interrupted, or failed in the engine.
         """
-        while not self._deltas:
-            if self._interruption is not None:
-                raise self._interruption
+        while self._interruption is None and not self._deltas:
             if self.is_finished:
                 return []
-            await self._wait()
-        # First the flag, then the deltas: one that is appended in between wakes us once more for nothing,
-        # but none is left lying.
-        self._wake.clear()
-        self._is_notified = False
+            await self._wake.wait()
+            # First the flag, then the look at the deltas: one that is appended in between wakes us once
+            # more for nothing, but none is left lying.
+            self._wake.clear()
+            self._is_notified = False
+        if self._interruption is not None:
+            raise self._interruption
         fresh: list[PromptDelta] = []
         while self._deltas:
             fresh.append(self._deltas.popleft())
-        for prompt_index, delta in fresh:
-            self._account(prompt_index, delta)
+        for i, (prompt_index, delta) in enumerate(fresh):
+            try:
+                self._account(prompt_index, delta)
+            except ApiError as error:
+                if i == 0:
+                    raise
+                # What came before the failure is still sent, however the two fell together.
+                self._interruption = error
+                return fresh[:i]
         return fresh
 
     def interrupt(self, error: ApiError) -> None:
-        """Ends the request with `error` where its reader stands."""
+        """Ends the request with `error`, whatever else has come."""
         self._interruption = error
         self._wake.set()
 
@@ -112,6 +121,8 @@ class Generation:
         if self not in self._state.in_flight:
             return
         self._state.in_flight.discard(self)
+        for timer in self._timers:
+            timer.cancel()
         for prompt_index in {i for i, _ in self._unfinished}:
             self._model.engine.abort(self._requests[prompt_index].request_id)
         self._finish_reasons["abort"] += len(self._unfinished)
@@ -136,18 +147,24 @@ class Generation:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._wake.set)
 
-    async def _wait(self) -> None:
-        limit = self._state.config.request_timeout
-        if not limit:
-            await self._wake.wait()
-            return
-        try:
-            async with asyncio.timeout(max(0.0, self._started + limit - time.monotonic())):
-                await self._wake.wait()
-        except TimeoutError:
-            raise ApiError(
-                504, f"The request took longer than {limit:g} s; ask for fewer tokens.", code="timeout"
-            ) from None
+    def _set_limits(self) -> None:
+        config = self._state.config
+        if config.request_timeout:
+            too_long = ApiError(
+                504,
+                f"The request took longer than {config.request_timeout:g} s; ask for fewer tokens.",
+                code="timeout",
+            )
+            self._timers.append(self._loop.call_later(config.request_timeout, self.interrupt, too_long))
+        if config.queue_timeout:
+            self._timers.append(self._loop.call_later(config.queue_timeout, self._interrupt_if_queued))
+
+    def _interrupt_if_queued(self) -> None:
+        if any(self._model.engine.is_queued(request.request_id) for request in self._requests):
+            self._state.metrics.admission_rejections.labels("queue_timeout").inc()
+            seconds = self._state.config.queue_timeout
+            message = f"The request waited longer than {seconds:g} s for its turn."
+            self.interrupt(ApiError(503, message, code="queue_timeout", headers={"Retry-After": "2"}))
 
     def _account(self, prompt_index: int, delta: Delta) -> None:
         key = (prompt_index, delta.index)

@@ -176,6 +176,11 @@ class Engine:
             self._input_rows.close()
         return drained
 
+    def is_queued(self, request_id: str) -> bool:
+        """Whether the request waits for its first step."""
+        with self._changed:
+            return request_id in self._queued
+
     def is_alive(self) -> bool:
         """Whether the engine thread runs."""
         return self._thread.is_alive()

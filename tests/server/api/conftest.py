@@ -104,6 +104,9 @@ class ScriptedEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
 
+    def is_queued(self, request_id: str) -> bool:
+        return not self.gate.is_set()
+
     def is_alive(self) -> bool:
         return self.alive
 

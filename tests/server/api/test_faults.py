@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from scone.server.engine.engine_config import EngineConfig
+
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
@@ -109,6 +111,34 @@ def test_request_timeout(serve: Any, scripted_model: Any, scripted: Any) -> None
         wait_until(lambda: len(scripted.aborted) == 2)
 
 
+def test_queue_timeout(serve: Any, scripted_model: Any, scripted: Any) -> None:
+    with serve(scripted_model, queue_timeout=0.1) as server:
+        scripted.step_seconds = 0.02
+        assert server.complete(prompt="a", max_tokens=16)["usage"]["completion_tokens"] == 16
+        scripted.gate.clear()
+        response = server.post("/v1/completions", prompt="a")
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "queue_timeout"
+        assert int(response.headers["retry-after"]) >= 1
+        assert server.metric("scone_admission_rejections_total", reason="queue_timeout") == 1
+        wait_until(lambda: len(scripted.aborted) == 1)
+
+
+def test_queue_timeout_of_the_real_engine(serve_real: Any) -> None:
+    """Two requests that need the one place: the second is refused, the first goes on."""
+    one_at_a_time = EngineConfig(max_model_len=512, kv_cache_bytes=1 << 20, max_num_seqs=1)
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with (
+        serve_real(one_at_a_time, queue_timeout=0.05) as server,
+        server.client.stream("POST", "/v1/completions", json=body) as first,
+    ):
+        lines = first.iter_lines()
+        next(lines)
+        second = httpx.post(server.url + "/v1/completions", json={"prompt": "b"})
+        assert second.json()["error"]["code"] == "queue_timeout"
+        assert list(lines)[-2] == "data: [DONE]"
+
+
 def test_loading(serve: Any, scripted_model: Any) -> None:
     with serve(None) as server:
         assert server.client.get("/health").json() == {"status": "loading"}
@@ -147,12 +177,12 @@ def test_dead_engine_ends_requests(scripted_server: Any, scripted: Any) -> None:
 def test_drain(serve: Any, scripted_model: Any, scripted: Any) -> None:
     """Admitted work is finished; /ready says no at once; new work is refused after the delay."""
     scripted.step_seconds = 0.01
-    with serve(scripted_model, drain_delay=0.3, drain_timeout=10) as server:
+    with serve(scripted_model, drain_delay=1.5, drain_timeout=10) as server:
         with server.client.stream(
-            "POST", "/v1/completions", json={"prompt": "ab", "max_tokens": 150, "stream": True}
+            "POST", "/v1/completions", json={"prompt": "ab", "max_tokens": 250, "stream": True}
         ) as r:
             server.loop.call_soon_threadsafe(server.http.stop)
-            wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, 0.25)
+            wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, 1)
             assert httpx.post(server.url + "/v1/completions", json={"prompt": "a"}).status_code == 200
             wait_until(lambda: server.state.phase == "draining")
             refused = httpx.post(server.url + "/v1/completions", json={"prompt": "a"})
@@ -160,7 +190,7 @@ def test_drain(serve: Any, scripted_model: Any, scripted: Any) -> None:
             assert refused.json()["error"]["code"] == "shutting_down"
             assert httpx.get(server.url + "/health").status_code == 200
             events = [line for line in r.iter_lines() if line]
-        assert len(events) == 151
+        assert len(events) == 251
         assert events[-1] == "data: [DONE]"
         wait_until(lambda: server.http.should_exit)
 
