@@ -123,7 +123,7 @@ def open_table_files(path: str | os.PathLike[str]) -> TableFiles:
 
 
 def verify_table_files(
-    files: TableFiles, on_progress: Callable[[int], None] = lambda num_bytes: None
+    files: TableFiles, on_progress: Callable[[int], object] = lambda num_bytes: None
 ) -> None:
     """Reads the whole table and compares every checksum.
 
@@ -251,7 +251,7 @@ def _verify_hash(path: Path, sha256: str) -> None:
         raise TableError(f"{path} is damaged: its SHA-256 is {found[:12]}, wanted {sha256[:12]}")
 
 
-def _verify_rows(files: TableFiles, on_progress: Callable[[int], None]) -> None:
+def _verify_rows(files: TableFiles, on_progress: Callable[[int], object]) -> None:
     pages_per_scan = _BYTES_PER_SCAN // CHECK_BYTES
     for first in range(0, len(files.page_sums), pages_per_scan):
         data = files.read_pages(first, first + pages_per_scan)
@@ -259,7 +259,7 @@ def _verify_rows(files: TableFiles, on_progress: Callable[[int], None]) -> None:
         on_progress(len(data))
 
 
-def _verify_index(files: TableFiles, on_progress: Callable[[int], None]) -> None:
+def _verify_index(files: TableFiles, on_progress: Callable[[int], object]) -> None:
     data = files.index.buckets.view(np.uint8).reshape(-1)
     pages_per_scan = _BYTES_PER_SCAN // CHECK_BYTES
     for first in range(0, len(files.index_sums), pages_per_scan):

@@ -130,6 +130,8 @@ def test_rows_are_those_of_the_model(
             assert (row_ids[-1], matched[-1]) == (row, n)
     finally:
         table.close()
+    assert main(["verify", str(out), "--model", str(checkpoint.path), "--sample", "20"]) == 0
+    assert "20 rows embedded again, 20 of them equal bit for bit" in capsys.readouterr().out
     assert main(["build", *flags]) == 1
     assert "exists" in capsys.readouterr().err
 
