@@ -1,0 +1,61 @@
+"""The staging ring's device on CUDA: pinned host memory, one side stream for copies, the caller's stream
+for the model.
+
+Copies from pinned memory run on the side stream while the model computes; nothing is allocated after
+start-up, so addresses are fixed and the consuming step may be captured in a CUDA graph.
+
+Not run on hardware yet: no GPU was at hand. Its one test is marked `gpu`; the ring's logic is proved on
+SimDevice.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from scone.cache.device import Event, Stream
+
+_logger = logging.getLogger(__name__)
+
+
+class CudaDevice:
+    """Use it from the thread that runs the model: its compute stream is that thread's current one."""
+
+    def __init__(self, index: int = 0) -> None:
+        self._device = torch.device("cuda", index)
+        self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            # for instance RLIMIT_MEMLOCK; copies are then slower and no longer run beside the model
+            _logger.warning("host memory cannot be pinned (%s): copies to the device will be slower", error)
+            return torch.empty(shape, dtype=dtype)
+
+    def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def event(self) -> Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def copy_to_device(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._copy_stream):
+            target.copy_(source, non_blocking=True)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        event.record(self._stream(stream))
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        self._stream(stream).wait_event(event)
+
+    def reached(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()
+
+    def _stream(self, stream: Stream) -> torch.cuda.Stream:
+        return self._copy_stream if stream is Stream.COPY else torch.cuda.current_stream(self._device)
