@@ -26,7 +26,7 @@ SERVE := $(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --h
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy check bench docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-openapi check bench docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -41,6 +41,10 @@ test: $(VENV)/.test $(DEMO_GGUF) links ## run the test suite (installs what it n
 
 test-heavy: $(VENV)/.test $(DEMO_GGUF) links ## run the tests that take minutes or large installs
 	$(BIN)/python -m pytest -m heavy
+
+test-openapi: $(VENV)/.test links ## compare the OpenAPI document with the server's behaviour (schemathesis, own environment)
+	@test -x .venv-openapi/bin/schemathesis || { $(PYTHON) -m venv .venv-openapi && .venv-openapi/bin/pip install --quiet 'schemathesis>=4.32,<5'; }
+	SCONE_SCHEMATHESIS=.venv-openapi/bin/schemathesis $(BIN)/python -m pytest -m heavy tests/server/api/test_openapi.py
 
 check: $(VENV)/.test links ## check format, lint, types and floors
 	$(BIN)/ruff format --check .

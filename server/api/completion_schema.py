@@ -110,4 +110,6 @@ class CompletionResponse(BaseModel):
 
 def event_stream_response(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of a 200 that is JSON, or events if `stream` was asked for."""
-    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    data = {"type": "string", "description": "A chunk or an ErrorBody, as JSON; the last is [DONE]."}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": event}}}}

@@ -146,7 +146,11 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI `responses` of a route that can answer these statuses."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        described[status] = {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+        # Not "model": FastAPI would give it the media type of the route's success, as in /metrics.
+        described[status] = {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+        }
     return described
 
 

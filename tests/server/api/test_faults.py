@@ -221,3 +221,30 @@ def test_many_abandoned_requests_leave_nothing(scripted_server: Any, scripted: A
         connection.close()
     wait_until(lambda: not scripted_server.state.in_flight)
     assert len(scripted.aborted) == 50
+
+
+def test_200_abandoned_requests_then_one_answers_at_once(serve_real: Any) -> None:
+    """With the real engine: half streamed, half not, none read; afterwards every gauge is back at 0."""
+    with serve_real(EngineConfig(max_model_len=256, kv_cache_bytes=1 << 23)) as server:
+        address = (server.client.base_url.host, server.client.base_url.port)
+        connections = []
+        for i in range(200):
+            body = {"prompt": f"abc {i}", "max_tokens": 250, "ignore_eos": True, "stream": i % 2 == 0}
+            connections.append(socket.create_connection(address))
+            connections[-1].sendall(raw_post(body))
+        wait_until(lambda: server.metric("scone_prompt_tokens_total") > 0)
+        for connection in connections:
+            connection.close()
+        answer = server.complete(prompt="abc", max_tokens=2)
+        assert answer["choices"]
+        wait_until(lambda: not server.state.in_flight, 30)
+        for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            wait_until(lambda gauge=gauge: server.metric(f"scone_{gauge}") == 0)  # type: ignore[misc]
+        aborted = server.metric("scone_request_success_total", finished_reason="abort")
+        ended = sum(
+            server.metric("scone_request_success_total", finished_reason=reason)
+            for reason in ("stop", "length", "abort", "error")
+        )
+        assert aborted > 0
+        assert server.metric("scone_request_success_total", finished_reason="error") == 0
+        assert ended <= 201

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import save_file
+
+from scone.model_store.decoder import Decoder
+from scone.model_store.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,14 +53,22 @@ class Process:
         self.wait_for("listening on ")
         return self.log.partition("listening on ")[2].partition(";")[0]
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log:
             assert self.child.poll() is None or text in self.log, f"it ended:\n{self.log}"
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
             time.sleep(0.02)
 
-    def exit_code(self, seconds: float = 30) -> int:
+    def wait_until_admitted(self, num_prompt_tokens: int) -> None:
+        """Until prompts of so many tokens have been admitted; the first may have been answered already."""
+        deadline = time.monotonic() + 60
+        with httpx.Client(base_url=self.url) as client:
+            while f"scone_prompt_tokens_total {float(num_prompt_tokens)}" not in client.get("/metrics").text:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+
+    def exit_code(self, seconds: float = 150) -> int:
         code = self.child.wait(seconds)
         self._reader.join()
         return code
@@ -65,6 +79,44 @@ class Process:
         self.exit_code()
         assert self.child.stderr is not None
         self.child.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_decoder: Decoder, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    config = tiny_decoder.config
+    described = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.ffn_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    save_file(
+        {hf_name(n): t.clone() for n, t in tiny_decoder.state_dict().items()}, folder / "model.safetensors"
+    )
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "chat_template": tokenizer.chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def hf_name(name: str) -> str:
+    """The decoder's name of a weight as Hugging Face's Llama has it."""
+    name = re.sub(r"\.([qkvo]_proj)\.", r".self_attn.\1.", name)
+    name = re.sub(r"\.((?:gate|up|down)_proj)\.", r".mlp.\1.", name)
+    name = name.replace("attention_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm")
+    return "model." + name
 
 
 @pytest.fixture
@@ -80,8 +132,8 @@ def launch() -> Iterator[Callable[..., Process]]:
         process.close()
 
 
-def test_start_serve_and_drain(launch: Any, smollm2_path: Path) -> None:
-    process = launch("--model", str(smollm2_path), "--drain-timeout", "60", SCONE_API_KEY="secret-key")
+def test_start_serve_and_drain(launch: Any, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    process = launch("--model", str(checkpoint), "--drain-timeout", "60", SCONE_API_KEY="secret-key")
     assert httpx.get(process.url + "/ready").json()["error"]["code"] == "model_loading"
     process.wait_for("ready after")
     assert f"curl {process.url}/v1/completions" in process.log
@@ -107,21 +159,21 @@ def test_start_serve_and_drain(launch: Any, smollm2_path: Path) -> None:
     assert "Traceback" not in process.log
 
 
-def test_sigterm_while_loading(launch: Any, smollm2_path: Path) -> None:
-    process = launch("--model", str(smollm2_path))
+def test_sigterm_while_loading(launch: Any, checkpoint: Path) -> None:
+    process = launch("--model", str(checkpoint))
     assert process.url
     process.child.send_signal(signal.SIGTERM)
-    assert process.exit_code(10) == 0
+    assert process.exit_code(60) == 0
     assert "ready after" not in process.log
 
 
-def test_second_signal_ends_at_once(launch: Any, smollm2_path: Path) -> None:
-    process = launch("--model", str(smollm2_path), "--drain-delay", "100")
+def test_second_signal_ends_at_once(launch: Any, checkpoint: Path) -> None:
+    process = launch("--model", str(checkpoint), "--drain-delay", "100")
     process.wait_for("ready after")
     process.child.send_signal(signal.SIGINT)
     process.wait_for("not ready any more")
     process.child.send_signal(signal.SIGTERM)
-    assert process.exit_code(10) == 1
+    assert process.exit_code(60) == 1
 
 
 def test_bad_model_is_one_line(launch: Any, tmp_path: Path) -> None:
@@ -132,10 +184,10 @@ def test_bad_model_is_one_line(launch: Any, tmp_path: Path) -> None:
     assert "Traceback" not in process.log
 
 
-def test_taken_port_is_one_line(launch: Any, smollm2_path: Path) -> None:
-    first = launch("--model", str(smollm2_path))
+def test_taken_port_is_one_line(launch: Any, checkpoint: Path) -> None:
+    first = launch("--model", str(checkpoint))
     port = first.url.rpartition(":")[2]
-    second = launch("--model", str(smollm2_path), "--port", port)
+    second = launch("--model", str(checkpoint), "--port", port)
     assert second.exit_code() == 1
     assert "--port" in second.log
     assert "Traceback" not in second.log

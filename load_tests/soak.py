@@ -1,0 +1,128 @@
+"""Mixed load for a long time: `python -m load_tests.soak --minutes 30` against a running server.
+
+Streams, batches, scoring, malformed and abandoned requests. Fails (exit code 1) if the server's anonymous
+memory grew by more than `--max-growth-mib` after the first fifth of the time, if a request failed that should
+not have, or if a gauge is not back at 0 in the end. The last line of output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from contextlib import aclosing
+from typing import Any
+
+from load_tests.client import ResponseError, complete, get_text, stream_events
+
+ANONYMOUS = 'scone_process_resident_bytes{kind="anon"}'
+GAUGES = ("scone_num_requests_running", "scone_num_requests_waiting")
+WORDS = ("the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "be", "from")
+
+
+class Soak:
+    """Clients that do one thing after another until the time is over."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.url = url
+        self.outcomes: Counter[str] = Counter()
+        self._draw = random.Random(seed)
+
+    async def client(self, end: float) -> None:
+        """One client; each request is of a kind drawn anew."""
+        kinds = (self._answered, self._answered, self._scored, self._abandoned, self._malformed)
+        while time.monotonic() < end:
+            await self._draw.choice(kinds)()
+
+    async def anonymous_bytes(self) -> float:
+        return await self._metric(ANONYMOUS)
+
+    async def busy_gauges(self) -> list[str]:
+        """Gauges that are not 0."""
+        return [name for name in GAUGES if await self._metric(name) != 0]
+
+    def _body(self, **fields: Any) -> dict[str, Any]:
+        words = self._draw.choices(WORDS, k=self._draw.randint(1, 200))
+        length = self._draw.randint(1, 64)
+        return {"prompt": " ".join(words), "max_tokens": length, "ignore_eos": True, **fields}
+
+    async def _answered(self) -> None:
+        prompts = [self._body()["prompt"] for _ in range(self._draw.choice((1, 1, 4)))]
+        record = await complete(self.url, self._body(prompt=prompts, n=self._draw.choice((1, 2))))
+        self._note("answered", record.error)
+
+    async def _scored(self) -> None:
+        record = await complete(self.url, self._body(echo=True, logprobs=5, max_tokens=1))
+        self._note("scored", record.error)
+
+    async def _abandoned(self) -> None:
+        body = self._body(max_tokens=256, stream=True)
+        async with aclosing(stream_events(self.url, "/v1/completions", body, None)) as events:
+            for _ in range(self._draw.randint(0, 5)):
+                await anext(events)
+        self._note("abandoned", None)
+
+    async def _malformed(self) -> None:
+        body = self._body(logit_bias={"999999999": 1}, stream=True)
+        error: str | None = "was accepted"
+        try:
+            async with aclosing(stream_events(self.url, "/v1/completions", body, None)) as events:
+                await anext(events)
+        except ResponseError as refused:
+            error = None if "HTTP 400" in str(refused) else str(refused)
+        self._note("refused", error)
+
+    def _note(self, kind: str, error: str | None) -> None:
+        self.outcomes[kind if error is None else "failed"] += 1
+        if error is not None:
+            print(f"{kind}: {error}", file=sys.stderr)
+
+    async def _metric(self, name: str) -> float:
+        for line in (await get_text(self.url, "/metrics")).splitlines():
+            if line.startswith(name + " "):
+                return float(line.rpartition(" ")[2])
+        raise ResponseError(f"/metrics does not have {name}")
+
+
+async def run(options: argparse.Namespace) -> int:
+    """The whole soak; returns the exit code."""
+    soak = Soak(options.url, options.seed)
+    seconds = options.minutes * 60
+    end = time.monotonic() + seconds
+    clients = [asyncio.create_task(soak.client(end)) for _ in range(options.concurrency)]
+    await asyncio.sleep(seconds / 5)
+    baseline = await soak.anonymous_bytes()
+    await asyncio.gather(*clients)
+    await asyncio.sleep(5)
+    growth_mib = (await soak.anonymous_bytes() - baseline) / 2**20
+    busy = await soak.busy_gauges()
+    passed = growth_mib <= options.max_growth_mib and not busy and not soak.outcomes["failed"]
+    result = {
+        "minutes": options.minutes,
+        "outcomes": dict(soak.outcomes),
+        "anonymous_mib": round(baseline / 2**20, 1),
+        "growth_mib": round(growth_mib, 1),
+        "gauges_not_at_0": busy,
+        "passed": passed,
+    }
+    print(json.dumps(result))
+    return 0 if passed else 1
+
+
+def main() -> int:
+    """Parses the command line and runs."""
+    parser = argparse.ArgumentParser(prog="python -m load_tests.soak", description="Mixed load, long.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--max-growth-mib", type=float, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    return asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
