@@ -1,15 +1,18 @@
 """Build of the native kernels (nanobind); everything else about the package is in pyproject.toml.
 
 The extension is optional: without a working C++ compiler the package installs all the same and runs
-on the NumPy/torch oracles.
+on the NumPy/torch oracles. SCONE_SANITIZE=1 builds it with ASan and UBSan (docs/lookup.md).
 """
 
+import os
 from pathlib import Path
 
 import nanobind
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+EXTRA = SANITIZERS if os.environ.get("SCONE_SANITIZE") == "1" else []
 NANOBIND = Path(nanobind.source_dir()).parent
 
 setup(
@@ -32,8 +35,9 @@ setup(
                 "-ffp-contract=off",
                 "-pthread",
                 "-DNDEBUG",
+                *EXTRA,
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *EXTRA],
             optional=True,
         )
     ]
