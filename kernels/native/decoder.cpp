@@ -302,8 +302,9 @@ private:
                               step.block_size, s.head_dim};
         float* scores = scores_.get() + scores_stride_ * thread;
         space_.team.share(step.rows * s.num_kv_heads, 1, [&](int item, int) {
-            // Long contexts first, so that no thread is left with one at the end.
-            const int r = step.rows - 1 - item / s.num_kv_heads, h = item % s.num_kv_heads;
+            // Head by head, so that one head's keys and values stay in the second-level cache for all rows;
+            // long contexts first, so that no thread is left with one at the end.
+            const int h = item / step.rows, r = step.rows - 1 - item % step.rows;
             const size_t at = (size_t(r) * s.num_heads + size_t(h) * group) * s.head_dim;
             space_.kernels->attend(q_.get() + at, group, cache, h,
                                    step.block_tables + size_t(sequence_of_row_[r]) * step.table_width,

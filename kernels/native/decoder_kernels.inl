@@ -7,6 +7,8 @@
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int16_t i16x8 __attribute__((vector_size(16)));
+typedef int8_t i8x8 __attribute__((vector_size(8)));
 
 static inline f32x8 load(const float* p) {
     f32x8 v;
@@ -29,7 +31,20 @@ static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
 static inline f32x8 max8(f32x8 a, f32x8 b) { return a > b ? a : b; }
 
 static inline float sum8(f32x8 v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Lane j of the result is sum8(v[j]), in the same order of additions.
+static inline f32x8 sum8_of_8(const f32x8* v) {
+#ifdef SCONE_AVX2
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
+                                    _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[4], (__m256)v[5]),
+                                    _mm256_hadd_ps((__m256)v[6], (__m256)v[7]));
+    return (f32x8)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#else
+    return f32x8{sum8(v[0]), sum8(v[1]), sum8(v[2]), sum8(v[3]), sum8(v[4]), sum8(v[5]), sum8(v[6]), sum8(v[7])};
+#endif
 }
 
 static inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
@@ -274,6 +289,16 @@ static void tile(const PackedWeights& w, int panel, const Activations& x, int fi
 
 // ---- rows -----------------------------------------------------------------------------------------
 
+static inline void store_narrow(int16_t* p, i32x8 v) {
+    const i16x8 narrow = __builtin_convertvector(v, i16x8);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
+static inline void store_narrow(int8_t* p, i32x8 v) {
+    const i8x8 narrow = __builtin_convertvector(v, i8x8);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
 // Rounds one group to integers of at most `limit`; returns scale and the integers' sum. Rounding adds and
 // takes away 1.5 * 2^23, exact for halves to even below 2^22. A NaN makes the scale NaN.
 template <class Integer>
@@ -294,7 +319,7 @@ static inline int round_group(const float* x, float limit, Integer* values, floa
         const f32x8 magic = splat(12582912.0f);
         const f32x8 rounded = (load(x + i) * inverse + magic) - magic;
         const i32x8 q = __builtin_convertvector(rounded == rounded ? rounded : splat(0.0f), i32x8);
-        for (int c = 0; c < 8; ++c) values[i + c] = (Integer)q[c];
+        store_narrow(values + i, q);
         sum += q;
     }
     int total = 0;
@@ -374,14 +399,20 @@ static void rotate(float* head, const float* cos, const float* sin, int head_dim
 // ---- attention ------------------------------------------------------------------------------------
 
 static inline float dot(const float* a, const float* b, int n) {
-    f32x8 even = splat(0.0f), odd = splat(0.0f);
-    int i = 0;
-    for (; i + 16 <= n; i += 16) {
-        even = fma8(load(a + i), load(b + i), even);
-        odd = fma8(load(a + i + 8), load(b + i + 8), odd);
+    f32x8 sum = splat(0.0f);
+    for (int i = 0; i < n; i += 8) sum = fma8(load(a + i), load(b + i), sum);
+    return sum8(sum);
+}
+
+// Lane j of the result is dot(q, keys + j * n, n), in the same order of additions.
+static inline f32x8 dot_8(const float* q, const float* keys, int n) {
+    f32x8 sums[8];
+    for (int j = 0; j < 8; ++j) sums[j] = splat(0.0f);
+    for (int i = 0; i < n; i += 8) {
+        const f32x8 part = load(q + i);
+        for (int j = 0; j < 8; ++j) sums[j] = fma8(part, load(keys + j * n + i), sums[j]);
     }
-    for (; i + 8 <= n; i += 8) even = fma8(load(a + i), load(b + i), even);
-    return sum8(even + odd);
+    return sum8_of_8(sums);
 }
 
 static void softmax(float* scores, int n) {
@@ -422,9 +453,14 @@ static void attend(const float* q, int group, const CacheView& cache, int kv_hea
     for (int first = 0; first < context; first += size) {
         const float* keys = cache.keys + block_table[first / size] * block_stride + kv_head * run;
         const int count = context - first < size ? context - first : size;
-        for (int t = 0; t < count; ++t)
-            for (int h = 0; h < group; ++h)
-                scores[h * stride + first + t] = dot(q + h * head_dim, keys + t * head_dim, head_dim) * scale;
+        for (int h = 0; h < group; ++h) {
+            const float* head = q + h * head_dim;
+            float* target = scores + h * stride + first;
+            int t = 0;
+            for (; t + 8 <= count; t += 8)
+                store(target + t, dot_8(head, keys + t * head_dim, head_dim) * splat(scale));
+            for (; t < count; ++t) target[t] = dot(head, keys + t * head_dim, head_dim) * scale;
+        }
     }
     for (int h = 0; h < group; ++h) softmax(scores + h * stride, context);
     for (int i = 0; i < group * head_dim; ++i) out[i] = 0.0f;
