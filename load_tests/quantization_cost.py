@@ -41,7 +41,9 @@ def log_probabilities(decoder: Decoder, config: EngineConfig, texts: list[list[i
         chunk = Chunk(seq, 0, len(input_ids))
         with torch.inference_mode():
             hidden = runner.forward([chunk], runner.embed([chunk]))
-            results.append(torch.cat([runner.logits(part).log_softmax(-1) for part in hidden.split(64)]))
+            results.append(
+                torch.cat([runner.logits(part).log_softmax(-1) for part in torch.split(hidden, 64)])
+            )
     return results
 
 
