@@ -6,15 +6,28 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scone.cache.lookup_benchmark import benchmark_lookup
+from scone.model_store.count_benchmark import benchmark as benchmark_count
+from scone.model_store.count_benchmark import made_up_corpus
 from scone.server.settings import Command, Resolved, Setting
 
 
 def run(settings: Resolved) -> int:
+    print(json.dumps({"lookup": _lookup, "count": _count}[settings.what](settings)))
+    return 0
+
+
+def _count(settings: Resolved) -> dict[str, Any]:
+    corpus = made_up_corpus(settings.corpus_tokens)
+    return benchmark_count(corpus, max_n=4, top=settings.rows, memory_bytes=None)
+
+
+def _lookup(settings: Resolved) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=settings.work, prefix="scone-bench-") as folder:
         print(f"building a table in {folder}", file=sys.stderr)
-        result = benchmark_lookup(
+        return benchmark_lookup(
             Path(folder),
             num_rows=settings.rows,
             dim=settings.dim,
@@ -23,15 +36,15 @@ def run(settings: Resolved) -> int:
             batch=settings.batch,
             repeats=settings.repeats,
         )
-    print(json.dumps(result))
-    return 0
 
 
 COMMAND = Command(
     name="bench",
-    help="measure look-up beside its rivals; the last line is JSON",
+    help="measure look-up or counting beside rivals; the last line is JSON",
     settings=(
-        Setting(name="what", positional=True, required=True, choices=("lookup",), help="what to measure"),
+        Setting(
+            name="what", positional=True, required=True, choices=("lookup", "count"), help="what to measure"
+        ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
         Setting(name="dim", kind=int, default=576, help="values in a row (bfloat16)"),
         Setting(name="corpus_tokens", kind=int, default=20_000_000, help="made-up tokens to count"),
