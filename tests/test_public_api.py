@@ -9,7 +9,7 @@ import pytest
 from scone.server.cli import load_commands, main
 
 ROOT = Path(__file__).parent.parent
-VERBS = {"build", "count", "serve", "train"}
+VERBS = {"build", "check-config", "collect-env", "count", "eval", "inspect", "serve", "train", "verify"}
 
 
 def test_the_cache_exports_what_it_says() -> None:
