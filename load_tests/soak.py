@@ -63,7 +63,7 @@ class Soak:
         body = self._body(max_tokens=256, stream=True)
         async with aclosing(stream_events(self.url, "/v1/completions", body, None)) as events:
             for _ in range(self._draw.randint(0, 5)):
-                await anext(events)
+                await anext(events, None)
         self._note("abandoned", None)
 
     async def _malformed(self) -> None:
@@ -71,7 +71,7 @@ class Soak:
         error: str | None = "was accepted"
         try:
             async with aclosing(stream_events(self.url, "/v1/completions", body, None)) as events:
-                await anext(events)
+                await anext(events, None)
         except ResponseError as refused:
             error = None if "HTTP 400" in str(refused) else str(refused)
         self._note("refused", error)
