@@ -114,7 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser, settings: Sequence[Setting]) 
         if setting.secret:
             continue
         shown = "" if setting.default is None else f" (default: {setting.default})"
-        kwargs: dict[str, Any] = {"help": setting.help + shown, "default": argparse.SUPPRESS}
+        kwargs: dict[str, Any] = {
+            "help": (setting.help + shown).replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+        }
         if setting.positional:
             kwargs["nargs"] = "*" if setting.many else "?"
             parser.add_argument(setting.name, metavar=setting.name.upper(), **kwargs)

@@ -41,9 +41,11 @@ def test_help_names_every_setting(verb: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_settings_in_files_exist() -> None:
-    """Each SCONE_* variable of the image, the compose file and the documents is a setting of some verb."""
+    """Each SCONE_* variable of image, compose file and documents is a setting of a verb or of the build."""
     known = {s.variable for command in load_commands().values() for s in command.settings}
-    known |= {"SCONE_CONFIG", "SCONE_MAIN_MODEL"}
+    known |= {"SCONE_CONFIG", "SCONE_MAIN_MODEL"} | set(
+        re.findall(r"SCONE_[A-Z_]+", (ROOT / "setup.py").read_text())
+    )
     files = [*(ROOT / "docker").glob("*"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     named = {
         (name, path.name)
