@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,8 @@ def test_rejections(fresh: Any) -> None:
 
 def test_process_metrics_move(fresh: Any) -> None:
     before = fresh.metric("scone_process_minor_page_faults_total")
-    bytearray(1 << 24)
+    with mmap.mmap(-1, 1 << 24) as pages:  # new memory for certain, and touched
+        pages.write(b"x" * len(pages))
     assert fresh.metric("scone_process_minor_page_faults_total") > before
     assert fresh.metric("scone_process_major_page_faults_total") >= 0
     assert fresh.metric("scone_process_resident_bytes", kind="anon") > 1 << 20
