@@ -37,6 +37,22 @@ class CausalAttention:
         return out.transpose(-3, -2)
 
 
+class Linear(nn.Linear):
+    """torch's, but for a start without random numbers on the "meta" device: they cost 2 s of imports."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """torch's, with the same exception as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), computed in float32."""
 
@@ -60,16 +76,16 @@ class Block(nn.Module):
         q_dim, kv_dim = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.head_dim = head_dim
         self.attention_norm = RMSNorm(dim, config.norm_eps)
-        self.q_proj = nn.Linear(dim, q_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(dim, kv_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(dim, kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_dim, dim, bias=config.output_bias)
+        self.q_proj = Linear(dim, q_dim, bias=config.attention_bias)
+        self.k_proj = Linear(dim, kv_dim, bias=config.attention_bias)
+        self.v_proj = Linear(dim, kv_dim, bias=config.attention_bias)
+        self.o_proj = Linear(q_dim, dim, bias=config.output_bias)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.ffn_norm = RMSNorm(dim, config.norm_eps)
-        self.gate_proj = nn.Linear(dim, config.ffn_dim, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(dim, config.ffn_dim, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.ffn_dim, dim, bias=config.mlp_bias)
+        self.gate_proj = Linear(dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up_proj = Linear(dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_dim, dim, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], layer_id: int, attend: Attend) -> Tensor:
         """hidden (..., dim) -> (..., dim); rope is `Decoder.rope(positions)`."""
@@ -98,10 +114,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
         with torch.device("cpu"):  # real values also while the weights are still on "meta"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
@@ -69,6 +69,15 @@ def _read_strings(data: NDArray[np.uint8], start: int, count: int) -> tuple[list
             raise ValueError("a string reaches past the end of the file")
         strings.append(view[begin:offset])
     return strings, offset
+
+
+def _dequantize_q4_1(data: NDArray[np.uint8]) -> Tensor:
+    """The library's result, several times as fast: blocks of float16 scale and minimum, then 32 nibbles."""
+    rows = torch.from_numpy(np.array(data))
+    blocks = rows.view(len(rows), -1, 20)
+    scale, minimum = blocks[..., :4].contiguous().view(torch.float16).float().chunk(2, dim=-1)
+    nibbles = torch.cat((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), dim=-1)
+    return nibbles.float().mul_(scale).add_(minimum).flatten(1)
 
 
 class GGUFFile:
@@ -140,6 +149,8 @@ class GGUFFile:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
+        if tensor.tensor_type == GGMLQuantizationType.Q4_1:
+            return _dequantize_q4_1(tensor.data)
         values = dequantize(tensor.data, tensor.tensor_type)
         shape = [int(n) for n in reversed(tensor.shape)]
         # a copy where the values are still the file's own mapping: torch wants writable memory

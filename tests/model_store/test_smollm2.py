@@ -162,3 +162,16 @@ def test_gguf_fields_equal_the_librarys_own(smollm2_path: Path) -> None:
     for name, field in theirs.fields.items():
         assert ours.fields[name].contents() == field.contents()
     assert [t.data_offset for t in ours.tensors] == [t.data_offset for t in theirs.tensors]
+
+
+def test_weights_equal_the_librarys_own(smollm2_path: Path) -> None:
+    from gguf.quants import dequantize
+
+    from scone.model_store.gguf_file import GGUFFile
+
+    file = GGUFFile(smollm2_path)
+    for name in ("blk.3.attn_v.weight", "blk.7.ffn_down.weight", "blk.29.attn_output.weight"):
+        stored = file._tensors[name]
+        assert stored.tensor_type.name == "Q4_1"
+        expected = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
+        assert torch.equal(file._read(name), expected)
