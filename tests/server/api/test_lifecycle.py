@@ -159,8 +159,8 @@ def test_start_serve_and_drain(launch: Any, checkpoint: Path, tokenizer: Tokeniz
     assert "Traceback" not in process.log
 
 
-def test_sigterm_while_loading(launch: Any, checkpoint: Path) -> None:
-    process = launch("--model", str(checkpoint))
+def test_sigterm_while_loading(launch: Any, smollm2_path: Path) -> None:
+    process = launch("--model", str(smollm2_path))  # takes seconds to load; a tiny one is there before us
     assert process.url
     process.child.send_signal(signal.SIGTERM)
     assert process.exit_code(60) == 0
