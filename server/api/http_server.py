@@ -12,7 +12,6 @@ import contextlib
 import logging
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -52,6 +51,18 @@ class HttpServer(uvicorn.Server):
         """Returns when all is closed; `force_exit` says whether requests were cut."""
         await self.serve(sockets=[self._listener])
 
+    @contextlib.contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Signals mean `stop` while this lasts. Enter it before anybody may know that the process runs."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
     def stop(self) -> None:
         """Begins to drain; the second call ends at once. Call it on the event loop."""
         if self._stopping is None:
@@ -62,18 +73,8 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Replaces uvicorn's handlers, which close the listener first and raise the signal again."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self.stop)
-        try:
-            yield
-        finally:
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
+        """Keeps uvicorn's handlers out: they close the listener first and raise the signal again."""
+        yield
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""

@@ -58,10 +58,9 @@ class ServerState:
         self._warned: set[str] = set()
 
     def serve(self, model: ServedModel) -> None:
-        """The model is loaded: answers begin. Does nothing if the server was told to stop meanwhile."""
+        """The model is loaded: answers begin."""
         self._model = model
-        if self.phase == "loading":
-            self.phase = "ready"
+        self.phase = "ready"
 
     @property
     def model(self) -> ServedModel:

@@ -39,9 +39,14 @@ class _Serving:
         self._listener = listen(settings.host, settings.port)
         self._server = HttpServer(create_app(self._state), self._state, self._listener)
         self._failure: str | None = None
+        self._ready = False
 
     async def run(self) -> int:
-        self._log_start()
+        with self._server.stopped_by_signals():
+            self._log_start()
+            return await self._run()
+
+    async def _run(self) -> int:
         loop = asyncio.get_running_loop()
         # A daemon: a signal while it loads must not wait for it.
         loader = threading.Thread(target=self._load, args=(loop,), name="load-model", daemon=True)
@@ -50,7 +55,7 @@ class _Serving:
         if self._failure is not None:
             print(f"scone serve: {self._failure}", file=sys.stderr)
             return 1
-        if loader.is_alive():
+        if not self._ready:
             logger.info("stopped while loading")
             self._exit_now(0)
         if self._server.force_exit:
@@ -77,6 +82,9 @@ class _Serving:
             loop.call_soon_threadsafe(self._serve, model)
 
     def _serve(self, model: ServedModel) -> None:
+        if self._state.phase != "loading":  # told to stop meanwhile
+            return
+        self._ready = True
         self._state.serve(model)
         seconds = time.monotonic() - self._started
         self._metrics.startup_seconds.labels("total").set(seconds)
