@@ -45,36 +45,6 @@ def plain_rows(zipf_fgrams: FGramSet) -> torch.Tensor:
     return torch.randn(len(zipf_fgrams), DIM, generator=torch.Generator().manual_seed(0))
 
 
-def test_backends_and_a_dict_agree_on_ten_thousand_sequences(
-    tables: dict[str, Path],
-    zipf_fgrams: FGramSet,
-    plain_rows: torch.Tensor,
-    zipf_tokens: NDArray[np.int64],
-) -> None:
-    keys = zip(zipf_fgrams.tokens.tolist(), zipf_fgrams.lengths.tolist(), strict=True)
-    rows_by_key = {tuple(g[:n]): row for row, (g, n) in zip(plain_rows.to(torch.bfloat16), keys, strict=True)}
-    generator = np.random.default_rng(5)
-    with FGramTable.open(tables["mmap-raw"]) as mapped, FGramTable.open(tables["lmdb-raw"]) as lmdb:
-        for _ in range(10_000):
-            begin = int(generator.integers(0, len(zipf_tokens) - 12))
-            tokens = zipf_tokens[begin : begin + int(generator.integers(1, 12))]
-            ids, lengths = mapped.match(tokens)
-            other_ids, other_lengths = lmdb.match(tokens)
-            np.testing.assert_array_equal(ids, other_ids)
-            np.testing.assert_array_equal(lengths, other_lengths)
-            last = int(lengths[-1])
-            expected = next(
-                (n for n in range(min(5, len(tokens)), 1, -1) if tuple(tokens[-n:].tolist()) in rows_by_key),
-                1,
-            )
-            assert last == expected
-            found = mapped.rows(ids)
-            hits = ids >= 0
-            assert torch.equal(found[hits], lmdb.rows(ids)[hits])
-            if last > 1:
-                assert torch.equal(found[-1], rows_by_key[tuple(tokens[-last:].tolist())])
-
-
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_equal_the_codec_of_the_written_rows(
