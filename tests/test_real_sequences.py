@@ -28,7 +28,7 @@ COUNTED_BYTES, READ_BYTES = 1_500_000, 600_000
 
 @pytest.fixture(scope="module")
 def documents(smollm2_path: Path) -> list[list[int]]:
-    """Modules of Python's standard library as SmolLM2's tokens: first those to count, then those to look up."""
+    """Modules of Python's standard library as SmolLM2's tokens: those to count, then more."""
     tokenizer = open_checkpoint(smollm2_path).tokenizer()
     texts: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
