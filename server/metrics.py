@@ -101,7 +101,7 @@ class ServerMetrics:
 
     def _make_request_metrics(self) -> None:
         counter, histogram = self._counter, self._histogram
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed or found in the prefix cache.")
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.request_success = counter("request_success", "Sequences that ended.", "finished_reason")
         for reason in FINISH_REASONS:
@@ -147,10 +147,15 @@ class ServerMetrics:
         self._prefix_hits.inc(stats.num_prefix_hits)
         self._preemptions.inc(stats.num_preempted)
 
+    def on_prompt_tokens(self, num_tokens: int) -> None:
+        self._prompt_tokens.inc(num_tokens)
+
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
+        self._generation_tokens.inc()
         self._time_to_first_token.observe(seconds)
 
     def on_token(self, seconds: float) -> None:
+        self._generation_tokens.inc()
         self._inter_token_latency.observe(seconds)
 
     def on_rows_waited(self, seconds: float) -> None:
@@ -160,7 +165,6 @@ class ServerMetrics:
         self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
     ) -> None:
         self.request_success.labels(reason).inc()
-        self._generation_tokens.inc(usage.num_generated_tokens)
         self._e2e_request_latency.observe(seconds)
         self._request_queue_time.observe(usage.queue_seconds)
 

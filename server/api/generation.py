@@ -53,7 +53,6 @@ class Generation:
             raise
         self._state.in_flight.add(self)
         self._set_limits()
-        self._state.metrics.prompt_tokens.inc(sum(len(request.input_ids) for request in self._requests))
 
     @property
     def keep_alive_interval(self) -> float:

@@ -199,6 +199,7 @@ class EngineCore:
         for chunk, part in zip(chunks, parts, strict=True):
             generation = self._generations[chunk.seq]
             scheduler.commit(self.state, chunk)
+            self._count_prompt_tokens(generation.run, chunk.seq.num_computed_tokens)
             if generation.rows is not None:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if generation.needs_prompt_logits:
@@ -379,6 +380,13 @@ class EngineCore:
         run.generations.append(generation)
         self._generations[seq] = generation
         return generation
+
+    def _count_prompt_tokens(self, run: RequestRun, num_computed_tokens: int) -> None:
+        """Not those that a preempted sequence or a sibling computes again."""
+        num_new = min(num_computed_tokens, len(run.request.input_ids)) - run.num_counted_tokens
+        if num_new > 0:
+            run.num_counted_tokens += num_new
+            self.observer.on_prompt_tokens(num_new)
 
     def _note_token_time(self, generation: Generation, now: float) -> None:
         if generation.first_token_at is None:

@@ -24,6 +24,7 @@ class RequestRun:
         prompt_logprobs: by prompt position, filled while the prompt is computed; None if not wanted.
         generations: the sequences that have begun; the first one computes the prompt for all `n`.
         num_open: sequences that have not had their last delta.
+        num_counted_tokens: prompt tokens that the observer has been told of.
     """
 
     request: GenerationRequest
@@ -35,6 +36,7 @@ class RequestRun:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     generations: list[Generation] = field(default_factory=list)
     num_open: int = 0
+    num_counted_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.num_open = self.request.n

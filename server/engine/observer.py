@@ -28,6 +28,9 @@ class EngineObserver(Protocol):
 
     def on_step(self, stats: StepStats) -> None: ...
 
+    def on_prompt_tokens(self, num_tokens: int) -> None:
+        """So many more tokens of a prompt were computed or taken from the prefix cache; each counts once."""
+
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
         """Once a sequence; seconds since the request was submitted."""
 
@@ -47,6 +50,9 @@ class SilentObserver:
     """An observer that takes no notice."""
 
     def on_step(self, stats: StepStats) -> None:
+        pass
+
+    def on_prompt_tokens(self, num_tokens: int) -> None:
         pass
 
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:

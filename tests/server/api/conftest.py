@@ -30,6 +30,7 @@ from scone.server.api.http_server import HttpServer, listen
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.observer import StepStats
 from scone.server.engine_door import OnDelta
 from scone.server.errors import UnavailableError
 from scone.server.metrics import ServerMetrics
@@ -159,6 +160,18 @@ class ScriptedEngine:
         return TokenLogprob(token_id, -0.5, top=((token_id, -0.5), (5, float("-inf"))))
 
 
+class PacedMetrics(ServerMetrics):
+    """Makes every step of the engine last at least so long, so that a request is surely still under way."""
+
+    def __init__(self, step_seconds: float) -> None:
+        super().__init__()
+        self._seconds = step_seconds
+
+    def on_step(self, stats: StepStats) -> None:
+        super().on_step(stats)
+        time.sleep(self._seconds)
+
+
 @dataclass
 class LiveServer:
     """A running server."""
@@ -247,8 +260,10 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
     """`with serve_real(engine_config, **ApiConfig fields) as server`: real engine, tiny random model."""
 
     @contextmanager
-    def run(engine_config: EngineConfig | None = None, **config: Any) -> Iterator[LiveServer]:
-        metrics = ServerMetrics()
+    def run(
+        engine_config: EngineConfig | None = None, step_seconds: float = 0.0, **config: Any
+    ) -> Iterator[LiveServer]:
+        metrics = PacedMetrics(step_seconds)
         engine = Engine(
             engine_config or EngineConfig(max_model_len=256, kv_cache_bytes=1 << 23),
             tiny_decoder,

@@ -60,14 +60,6 @@ class Process:
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
             time.sleep(0.02)
 
-    def wait_until_admitted(self, num_prompt_tokens: int) -> None:
-        """Until prompts of so many tokens have been admitted; the first may have been answered already."""
-        deadline = time.monotonic() + 60
-        with httpx.Client(base_url=self.url) as client:
-            while f"scone_prompt_tokens_total {float(num_prompt_tokens)}" not in client.get("/metrics").text:
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-
     def exit_code(self, seconds: float = 150) -> int:
         code = self.child.wait(seconds)
         self._reader.join()
