@@ -1,5 +1,5 @@
-"""The staging ring's device on CUDA: pinned host memory, one side stream for copies, the caller's stream
-for the model.
+"""Staging to a CUDA device: pinned host memory, one side stream for copies, the caller's stream for the
+model.
 
 Copies from pinned memory run on the side stream while the model computes; nothing is allocated after
 start-up, so addresses are fixed and the consuming step may be captured in a CUDA graph.
@@ -11,11 +11,12 @@ SimDevice.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from scone.cache.device import Event, Stream
+from scone.cache.device import Buffer, DeviceUsage, Event, Stream
 
 _logger = logging.getLogger(__name__)
 
@@ -23,27 +24,31 @@ _logger = logging.getLogger(__name__)
 class CudaDevice:
     """Use it from the thread that runs the model: its compute stream is that thread's current one."""
 
-    def __init__(self, index: int = 0) -> None:
-        self._device = torch.device("cuda", index)
-        self._copy_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        self.usage = DeviceUsage()
+        self._device = device
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            # for instance RLIMIT_MEMLOCK; copies are then slower and no longer run beside the model
-            _logger.warning("host memory cannot be pinned (%s): copies to the device will be slower", error)
-            return torch.empty(shape, dtype=dtype)
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        memory = torch.empty(shape, dtype=dtype, device=self._device)
+        self.usage.staging_bytes += memory.nbytes
+        return Buffer(self._host_tensor(shape, dtype), memory)
 
     def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        memory = torch.empty(shape, dtype=dtype, device=self._device)
+        self.usage.table_bytes += memory.nbytes
+        return memory
 
     def event(self) -> Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
+        self.usage.copied_bytes += source.nbytes
         with torch.cuda.stream(self._copy_stream):
             target.copy_(source, non_blocking=True)
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        kernel()  # torch queues it on the current stream
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(self._stream(stream))
@@ -56,6 +61,16 @@ class CudaDevice:
 
     def synchronize(self, event: Event) -> None:
         event.synchronize()
+
+    def _host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            memory = torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            # for instance RLIMIT_MEMLOCK; copies are then slower and no longer run beside the model
+            _logger.warning("host memory cannot be pinned (%s): copies to the device will be slower", error)
+            return torch.empty(shape, dtype=dtype)
+        self.usage.pinned_bytes += memory.nbytes
+        return memory
 
     def _stream(self, stream: Stream) -> torch.cuda.Stream:
         return self._copy_stream if stream is Stream.COPY else torch.cuda.current_stream(self._device)

@@ -1,14 +1,16 @@
-"""What staging needs of an accelerator, and nothing else: host memory, device memory, two streams, events.
+"""What staging needs of an accelerator, and nothing else: memory on both sides, two streams, events.
 
-Three implementations: `CpuDevice` here (a copy is done when it is asked for), `CudaDevice` (cuda_device.py)
-and `SimDevice` (sim_device.py: late, in adversarial order, over poisoned memory), on which the tests prove
-that the staging ring leaves out no synchronisation.
+Three implementations: `CpuDevice` here (one memory, no copies), `CudaDevice` (cuda_device.py) and
+`SimDevice` (sim_device.py: late, in adversarial order, over poisoned memory), on which the tests prove that
+the staging ring leaves out no synchronisation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +26,38 @@ class Stream(Enum):
     COMPUTE = "compute"
 
 
-class Device(Protocol):
-    """One accelerator. Nothing but `host_tensor`, `device_tensor` and `event` allocates."""
+class Buffer(NamedTuple):
+    """What the host writes and what the model reads: one and the same tensor where they share memory."""
 
-    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory that the host writes and copies read; pinned where that matters."""
+    host: Tensor
+    device: Tensor
+
+
+@dataclass(slots=True)
+class DeviceUsage:
+    """What a device was asked for so far.
+
+    Attributes:
+        pinned_bytes: host memory that the kernel cannot take back.
+        staging_bytes: device memory of buffers.
+        table_bytes: device memory of `device_tensor`.
+        copied_bytes: bytes of all copies to the device, a counter.
+    """
+
+    pinned_bytes: int = 0
+    staging_bytes: int = 0
+    table_bytes: int = 0
+    copied_bytes: int = 0
+
+
+class Device(Protocol):
+    """One accelerator. Nothing but `buffer`, `device_tensor` and `event` allocates."""
+
+    @property
+    def usage(self) -> DeviceUsage: ...
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        """Memory for copies to the device, pinned where that matters; its addresses never change."""
 
     def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that copies write and the model reads; its address never changes."""
@@ -37,7 +66,10 @@ class Device(Protocol):
         """An event that counts as reached until it is recorded."""
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
-        """Queues a copy on the copy stream; `source` is read when it runs, not now."""
+        """Queues a copy on the copy stream; `source`, of a buffer's host side, is read when it runs."""
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        """Queues work of the model on the compute stream."""
 
     def record(self, event: Event, stream: Stream) -> None:
         """`event` is reached when all that is queued on `stream` by now has run."""
@@ -53,10 +85,14 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """Host and device are one: a copy has run when the call returns, every event is reached."""
+    """Host and device are one: nothing is copied, work has run when the call returns, events are reached."""
 
-    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def __init__(self) -> None:
+        self.usage = DeviceUsage()
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        memory = torch.empty(shape, dtype=dtype)
+        return Buffer(memory, memory)
 
     def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -65,7 +101,10 @@ class CpuDevice:
         return None
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
+        pass
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        kernel()
 
     def record(self, event: Event, stream: Stream) -> None:
         pass

@@ -70,8 +70,8 @@ class DirectReader:
             self._return_buffer(buffer)
         return num_rows
 
-    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
-        return bool(np.any((row_ids >= begin) & (row_ids < end)))
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
+        return (row_ids >= begin) & (row_ids < end)
 
     def close(self) -> None:
         """Closes the file; no read may be under way."""

@@ -222,11 +222,13 @@ class FGramTable:
                 seconds = time.perf_counter() - started
                 self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
 
-    def may_wait(self, row_ids: Ids) -> bool:
-        """Whether reading these rows may wait for a disk."""
+    def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
+        """Which of these rows (n,) may have to be waited for, since a disk holds them."""
         ids = _row_id_array(row_ids)
         num_ram_rows = self._ram.num_loaded if self._ram else 0
-        return num_ram_rows < self.num_fgrams and self._disk.may_wait(ids, num_ram_rows, self.num_fgrams)
+        if num_ram_rows == self.num_fgrams:
+            return np.zeros(len(ids), np.bool_)
+        return self._disk.may_wait(ids, num_ram_rows, self.num_fgrams)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""

@@ -1,9 +1,8 @@
 """Reads rows before they are needed, so that waiting for a disk is never the batch's business.
 
-`submit` returns at once; a sequence whose `PendingRows` is not ready simply is not scheduled. Rows that
-need no disk are not staged at all: they are copied straight to where the model wants them. Demand goes
-before speculation, and which rows a model sees never depends on what was prefetched. Knows row ids, not
-sequences.
+`submit` returns at once; whoever's rows in `PendingRows` are not ready simply is not scheduled. Rows that
+are in memory are not read here at all: they are copied when they are used. Demand goes before speculation,
+and which rows a model sees never depends on what was prefetched. Knows row ids, not sequences.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-import time
 from typing import Self
 
 import numpy as np
@@ -31,74 +29,93 @@ _DEFAULT_SPECULATION_BYTES = 64 << 20
 
 
 class PendingRows:
-    """Rows under way, for one reader thread at a time."""
+    """Rows under way; used by one thread, besides the worker that reads them.
 
-    def __init__(self, table: FGramTable, row_ids: NDArray[np.int64], *, staged: bool) -> None:
-        """Use `Prefetcher.submit`; `staged`: a worker will call `_read`."""
+    Attributes:
+        row_ids: (n,) int64: the rows that are read; -1 where nothing was to be waited for.
+    """
+
+    def __init__(self, table: FGramTable, row_ids: NDArray[np.int64], *, apart: bool = False) -> None:
+        """Use `Prefetcher.submit`."""
+        self.row_ids = row_ids
         self._table = table
-        self._row_ids = row_ids
-        self._done = threading.Event() if staged else None
-        self._rows: Tensor | None = None
-        self._places: NDArray[np.int64] | None = None
-        self._error: RowReadError | None = None
-        self._cancelled = False
+        self._apart = apart
+        self._done = threading.Event()
+        self._cancelled = np.zeros(len(row_ids), np.bool_)
+        self._failed: dict[int, RowReadError] = {}  # by row id
+        self._rows = torch.empty(0, table.dim, dtype=table.dtype)  # those read, once each
+        self._places = np.full(len(row_ids), -1, np.int64)  # where in _rows each one is
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rows take in memory, at most."""
+        return int(np.count_nonzero(self.row_ids >= 0)) * self._table.dim * self._table.dtype.itemsize
 
     def ready(self) -> bool:
-        """Whether `copy_into` would not wait. Never blocks."""
-        return self._done is None or self._done.is_set()
+        """Whether the rows have been read, or failed. Never blocks."""
+        return self._done.is_set()
 
-    def copy_into(self, out: Tensor) -> None:
-        """Writes the i-th row asked for to out[i], cast; waits until the rows are there.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Blocks until `ready`, or for `timeout` seconds; returns `ready`."""
+        return self._done.wait(timeout)
+
+    def error(self, begin: int, end: int) -> RowReadError | None:
+        """Why some of rows [begin, end) could not be read; None if all of them were. They must be ready."""
+        for row_id in self.row_ids[begin:end].tolist() if self._failed else ():
+            if row_id in self._failed:
+                return self._failed[row_id]
+        return None
+
+    def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None:
+        """Writes row row_ids[picks[i]] to out[i], cast; they must be ready and without error.
 
         Args:
-            out: (n, dim) float32, bfloat16 or float16 on the CPU; rows of id -1 stay untouched.
-
-        Raises:
-            RowReadError: a row could not be read, or the read was cancelled.
+            picks: (n,) int64; where it is -1, out[i] stays untouched.
+            out: (n, dim) float32, bfloat16 or float16 on the CPU.
         """
-        if self._done is None:
-            self._table.read_into(self._row_ids, out)
-            return
-        if not self._done.is_set():
-            started = time.perf_counter()
-            self._done.wait()
-            self._table.stats.add_wait(time.perf_counter() - started)
-        if self._error is not None:
-            raise self._error
-        assert self._rows is not None
-        assert self._places is not None
         codec = RowCodec("raw", self._table.manifest.dtype, self._table.dim)
+        places = np.where(picks < 0, -1, self._places[picks])
         staged = self._rows.view(torch.uint8).reshape(-1).numpy()
-        offsets = np.where(self._places < 0, -1, self._places * codec.row_bytes)
-        decode_rows(staged, offsets, codec, out)
+        decode_rows(staged, np.where(places < 0, -1, places * codec.row_bytes), codec, out)
 
-    def cancel(self) -> None:
-        """Gives the rows up; a read that has not begun will not."""
-        self._cancelled = True
+    def cancel(self, begin: int, end: int) -> None:
+        """Gives rows [begin, end) up: they are not read unless that has begun."""
+        self._cancelled[begin:end] = True
 
     def _read(self) -> str:
         """Runs on a worker; returns the result for the statistics."""
-        assert self._done is not None
-        result = "read"
         try:
-            if self._cancelled:
-                self._error = RowReadError("the read of these rows was cancelled")
-                return "cancelled"
-            wanted, places = np.unique(self._row_ids, return_inverse=True)
+            row_ids = np.where(self._cancelled, -1, self.row_ids)
+            wanted, places = np.unique(row_ids, return_inverse=True)
             if len(wanted) and wanted[0] < 0:
                 wanted, places = wanted[1:], places - 1
-            self._rows = self._table.rows(wanted)
-            self._places = places
+            if not len(wanted):
+                return "cancelled"
             self._table.stats.add_requested(int((places >= 0).sum()), len(wanted))
-        except RowReadError as error:
-            self._error = error
-            result = "failed"
+            self._rows = self._read_rows(wanted)
+            self._places = places
         except BaseException as error:  # a worker must never leave a sequence waiting
-            self._error = RowReadError(f"reading rows failed unexpectedly: {error!r}")
-            result = "failed"
+            reason = RowReadError(f"reading rows failed unexpectedly: {error!r}")
+            self._failed = dict.fromkeys(self.row_ids.tolist(), reason)
         finally:
             self._done.set()
-        return result
+        return "failed" if self._failed else "read"
+
+    def _read_rows(self, wanted: NDArray[np.int64]) -> Tensor:
+        """(len(wanted), dim); those that cannot be read are left out and noted as failed."""
+        try:
+            return self._table.rows(wanted)
+        except RowReadError as error:
+            if not self._apart or len(wanted) == 1:
+                self._failed = dict.fromkeys(wanted.tolist(), error)
+                return self._rows
+        rows = torch.zeros(len(wanted), self._table.dim, dtype=self._table.dtype)
+        for i, row_id in enumerate(wanted.tolist()):
+            try:
+                rows[i] = self._table.rows([row_id])[0]
+            except RowReadError as error:
+                self._failed[row_id] = error
+        return rows
 
 
 class Prefetcher:
@@ -130,26 +147,27 @@ class Prefetcher:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, row_ids: Ids, reason: str = DEMAND) -> PendingRows:
-        """Begins to read rows; never waits.
+    def submit(self, row_ids: Ids, reason: str = DEMAND, *, apart: bool = False) -> PendingRows | None:
+        """Begins to read those rows that may have to be waited for; None if there are none. Never waits.
 
         Args:
             row_ids: (n,) int64, -1 where no row is wanted.
             reason: `demand`, or the name of a speculation, which only warms what a later demand will read.
+            apart: the rows are wanted by different parties: one that cannot be read fails by itself.
         """
         ids = np.array(row_ids, np.int64)  # a copy: the caller may reuse its buffer
-        if not self._table.may_wait(ids):
+        awaited = self._table.may_wait(ids)
+        if not awaited.any():
             self._table.stats.add_prefetch("inline")
-            return PendingRows(self._table, ids, staged=False)
-        pending = PendingRows(self._table, ids, staged=True)
+            return None
+        pending = PendingRows(self._table, np.where(awaited, ids, -1), apart=apart)
         if reason == DEMAND:
             self._queue.put((0, next(self._order), pending))
-        elif self._reserve(self._bytes(pending)):
+        elif self._reserve(pending.num_bytes):
             self._queue.put((1, next(self._order), pending))
         else:
             self._table.stats.add_prefetch("dropped")
-            pending.cancel()
-            pending._read()
+            return None
         return pending
 
     def close(self) -> None:
@@ -173,7 +191,7 @@ class Prefetcher:
             self._table.stats.add_prefetch(pending._read())
             if priority == 1:
                 with self._lock:
-                    self._speculating_bytes -= self._bytes(pending)
+                    self._speculating_bytes -= pending.num_bytes
 
     def _reserve(self, num_bytes: int) -> bool:
         with self._lock:
@@ -181,6 +199,3 @@ class Prefetcher:
                 return False
             self._speculating_bytes += num_bytes
             return True
-
-    def _bytes(self, pending: PendingRows) -> int:
-        return len(pending._row_ids) * self._table.dim * self._table.dtype.itemsize

@@ -41,8 +41,8 @@ class RowReader(Protocol):
             RowReadError: a row could not be read or does not fit its checksum.
         """
 
-    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
-        """Whether reading those of `row_ids` that are in [begin, end) may wait for a disk."""
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
+        """Which of `row_ids` (n,) are in [begin, end) and may have to be waited for."""
 
     def close(self) -> None: ...
 
@@ -71,15 +71,15 @@ class MappedReader:
         )
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
-        if len(row_ids) >= _WILL_NEED_ROWS and not self._memory.resident(row_ids, begin, end):
+        if len(row_ids) >= _WILL_NEED_ROWS and self._memory.absent(row_ids, begin, end).any():
             self._memory.will_need(row_ids, begin, end)
         try:
             return self._memory.gather(row_ids, begin, end, out, self._num_threads)
         except DamagedDataError as error:
             raise RowReadError(f"{self._path}: {error}; check the table with `scone verify`") from None
 
-    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
-        return not self._memory.resident(row_ids, begin, end)
+    def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
+        return self._memory.absent(row_ids, begin, end)
 
     def close(self) -> None:
         """The mapping goes with the last view of it."""

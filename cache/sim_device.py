@@ -1,8 +1,9 @@
 """A simulated accelerator that is as late and as disorderly as a real one may be.
 
-Each stream is a queue; which stream runs its next operation, and when, is decided by a seeded generator. A
-copy reads its source when it runs. New memory is poisoned with NaN. What a program may rely on is what it
-has synchronised, and a program that relies on more fails for some seed.
+Each stream is a queue; which stream runs its next operation, and when, is decided by a seeded generator: for
+a while it favours one stream, or holds both back, then changes its mind. A copy reads its source when it
+runs. New memory is poisoned. What a program may rely on is what it has synchronised, and a program that
+relies on more fails for most seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scone.cache.device import Event, Stream
+from scone.cache.device import Buffer, DeviceUsage, Event, Stream
+
+_CHANGE_OF_MIND = 0.1
+"""Probability, at each operation queued or run, that another stream is favoured from then on."""
 
 
 class SimEvent:
@@ -33,28 +37,36 @@ class Record:
 
 
 class SimDevice:
-    """Deterministic for a seed; nothing runs unless the host waits, asks, or `step`s."""
+    """Deterministic for a seed; runs on the calling thread, whenever it is called."""
 
     def __init__(self, seed: int) -> None:
+        self.usage = DeviceUsage()
         self._random = random.Random(seed)
         self._queues: dict[Stream, deque[tuple[Callable[[], bool], Callable[[], object]]]] = {
             stream: deque() for stream in Stream
         }
+        self._favourite: Stream | None = None
+        self._change_favourite()
 
-    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype)
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        host = _poisoned(shape, dtype)
+        self.usage.pinned_bytes += host.nbytes
+        self.usage.staging_bytes += host.nbytes
+        return Buffer(host, _poisoned(shape, dtype))
 
     def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype)
+        memory = _poisoned(shape, dtype)
+        self.usage.table_bytes += memory.nbytes
+        return memory
 
     def event(self) -> Event:
         return SimEvent()
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
+        self.usage.copied_bytes += source.nbytes
         self._push(Stream.COPY, lambda: target.copy_(source))
 
     def launch(self, kernel: Callable[[], object]) -> None:
-        """Queues work of the model on the compute stream."""
         self._push(Stream.COMPUTE, kernel)
 
     def record(self, event: Event, stream: Stream) -> None:
@@ -70,8 +82,6 @@ class SimDevice:
         self._queues[stream].append((lambda: record.reached, lambda: None))
 
     def reached(self, event: Event) -> bool:
-        for _ in range(self._random.randrange(3)):
-            self.step()
         reached: bool = event.record.reached
         return reached
 
@@ -81,11 +91,15 @@ class SimDevice:
                 raise AssertionError("deadlock: an event is awaited that nothing can reach")
 
     def step(self) -> bool:
-        """Runs one operation of a stream chosen at random; False if none can run."""
-        runnable = [queue for queue in self._queues.values() if queue and queue[0][0]()]
+        """Runs one operation, of the favoured stream if it has one; False if none can run."""
+        if self._random.random() < _CHANGE_OF_MIND:
+            self._change_favourite()
+        runnable = [stream for stream, queue in self._queues.items() if queue and queue[0][0]()]
         if not runnable:
             return False
-        self._random.choice(runnable).popleft()[1]()
+        chosen = self._favourite if self._favourite in runnable else self._random.choice(runnable)
+        assert chosen is not None
+        self._queues[chosen].popleft()[1]()
         return True
 
     def drain(self) -> None:
@@ -97,3 +111,19 @@ class SimDevice:
 
     def _push(self, stream: Stream, run: Callable[[], object]) -> None:
         self._queues[stream].append((lambda: True, run))
+        if self._random.random() < _CHANGE_OF_MIND:
+            self._change_favourite()
+        # A favoured stream is quick: it runs whatever it can, while the other one lags behind.
+        favoured = self._queues[self._favourite] if self._favourite else None
+        while favoured and favoured[0][0]():
+            favoured.popleft()[1]()
+
+    def _change_favourite(self) -> None:
+        self._favourite = self._random.choice([Stream.COPY, Stream.COMPUTE, None])
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """NaN, or a number that no index survives."""
+    if dtype.is_floating_point:
+        return torch.full(shape, torch.nan, dtype=dtype)
+    return torch.full(shape, torch.iinfo(dtype).max, dtype=dtype)

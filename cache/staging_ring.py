@@ -1,15 +1,16 @@
 """Slots through which rows go from the host to the device while the model computes.
 
-A slot's life: FREE -> `fill` (host writes rows, a copy is queued) -> READY -> `use` (the model may read
-them) -> IN_USE -> `release` -> FREE. The invariants, each guarded by one synchronisation and each shown by
-a test to be needed:
+A slot's life: FREE -> `fill` (FILLING: the host writes rows, a copy is queued) -> READY -> `use` (the model
+may read them) -> IN_USE -> `release` -> FREE. The invariants, each guarded by one synchronisation and each
+shown by a test to be needed:
 
-I1  the host writes a slot's host rows only after the copy that reads them has run;
-I2  a copy into a slot's device rows runs only after the model has done with them;
-I3  the model reads them only after the copy has run;
+I1  the host writes a slot's host side only after the copy that reads it has run;
+I2  a copy into a slot's device side runs only after the model has done with it;
+I3  the model reads it only after the copy has run;
 I4  a slot is used only for the row ids it was filled with;
 I5  nothing is allocated after construction: addresses are fixed;
-I6  a full ring refuses, it never overwrites;
+I6  a ring never overwrites: without a free slot it refuses, and a slot that the device still needs makes
+    the host wait for it, so that the host is never more than `num_slots` steps ahead;
 I7  a fill that fails leaves its slot FREE and usable.
 """
 
@@ -24,21 +25,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import Device, Event, Stream
+from scone.cache.device import Buffer, Device, Event, Stream
 
 
 class SlotState(Enum):
     FREE = "free"
+    FILLING = "filling"
     READY = "ready"
     IN_USE = "in use"
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One slot; everything but `state` and `num_rows` is allocated once."""
+    """One slot; everything but the numbers and `state` is allocated once.
 
-    host_rows: Tensor
-    device_rows: Tensor
+    Attributes:
+        rows: (max_rows, dim).
+        places: (max_rows,) int64: where the model wants the rows.
+        row_ids: (max_rows,) int64: what the rows are.
+    """
+
+    rows: Buffer
+    places: Buffer
     row_ids: NDArray[np.int64]
     copied: Event
     consumed: Event
@@ -59,11 +67,10 @@ class StagingRing:
         if num_slots < 3:
             raise ValueError(f"num_slots is {num_slots}, wanted at least 3")
         self._device = device
-        shape = (max_rows, dim)
         self._slots = [
             Slot(
-                host_rows=device.host_tensor(shape, dtype),
-                device_rows=device.device_tensor(shape, dtype),
+                rows=device.buffer((max_rows, dim), dtype),
+                places=device.buffer((max_rows,), torch.int64),
                 row_ids=np.full(max_rows, -1, np.int64),
                 copied=device.event(),
                 consumed=device.event(),
@@ -73,36 +80,43 @@ class StagingRing:
 
     @property
     def num_in_use(self) -> int:
-        """Slots that are not FREE."""
-        return sum(slot.state is not SlotState.FREE for slot in self._slots)
+        """Slots that are not FREE, or that the device has not done with."""
+        return sum(
+            slot.state is not SlotState.FREE or not self._device.reached(slot.consumed)
+            for slot in self._slots
+        )
 
     def fill(
-        self, row_ids: NDArray[np.int64], read: Callable[[NDArray[np.int64], Tensor], object]
+        self, row_ids: NDArray[np.int64], places: NDArray[np.int64], read: Callable[[Tensor], object]
     ) -> Slot | None:
         """Reads rows into a free slot and queues their copy; None if no slot is free: come back later.
 
         Args:
             row_ids: (n,) int64, n <= max_rows.
+            places: (n,) int64, copied along.
             read: writes the rows of these ids to a host tensor (n, dim); what it raises is raised.
         """
         slot = next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
         if slot is None:
             return None  # I6
-        num_rows = len(row_ids)
+        num_rows = slot.num_rows = len(row_ids)
         slot.row_ids[:] = -1  # I4: until all went well this slot stands for nothing
         self._device.synchronize(slot.copied)  # I1
-        read(row_ids, slot.host_rows[:num_rows])  # I7: the slot is still FREE
-        self._device.wait(Stream.COPY, slot.consumed)  # I2
-        self._device.copy_to_device(slot.device_rows[:num_rows], slot.host_rows[:num_rows])
-        self._device.record(slot.copied, Stream.COPY)
+        slot.state = SlotState.FILLING
+        try:
+            read(slot.rows.host[:num_rows])
+            slot.places.host[:num_rows] = torch.from_numpy(places)
+            self._queue_copies(slot)
+        except BaseException:
+            slot.state = SlotState.FREE  # I7
+            raise
         slot.row_ids[:num_rows] = row_ids
-        slot.num_rows = num_rows
         slot.state = SlotState.READY
         self._slots.append(self._slots.pop(self._slots.index(slot)))  # the longest unused is taken next
         return slot
 
-    def use(self, slot: Slot, row_ids: NDArray[np.int64]) -> Tensor:
-        """The slot's rows on the device, (n, dim), for work queued on the compute stream until `release`.
+    def use(self, slot: Slot, row_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The slot's rows (n, dim) and places (n,) on the device, for work launched until `release`.
 
         Raises:
             ValueError: the slot was not filled with these row ids.
@@ -111,10 +125,18 @@ class StagingRing:
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE
-        return slot.device_rows[: slot.num_rows]
+        return slot.rows.device[: slot.num_rows], slot.places.device[: slot.num_rows]
 
     def release(self, slot: Slot) -> None:
-        """Gives the slot back, used or not; work queued on the compute stream so far may still read it."""
-        if slot.state is SlotState.IN_USE:
+        """Gives the slot back, used or not; work launched so far may still read it."""
+        was_in_use, slot.state = slot.state is SlotState.IN_USE, SlotState.FREE
+        if was_in_use:
             self._device.record(slot.consumed, Stream.COMPUTE)
-        slot.state = SlotState.FREE
+
+    def _queue_copies(self, slot: Slot) -> None:
+        self._device.wait(Stream.COPY, slot.consumed)  # I2
+        try:
+            for buffer in (slot.rows, slot.places):
+                self._device.copy_to_device(buffer.device[: slot.num_rows], buffer.host[: slot.num_rows])
+        finally:
+            self._device.record(slot.copied, Stream.COPY)  # also of what was queued before a failure

@@ -20,7 +20,6 @@ class TableStats:
         lookups: positions matched, by matched length (1: no f-gram).
         rows_read, bytes_read, reads, read_seconds: by tier; bytes are those of the stored rows.
         reads_within: by tier and index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
-        waits, wait_seconds: how often, and for how long, rows were awaited that had not arrived.
         prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
             (speculation beyond the budget), `failed`.
         rows_requested, rows_unique: rows asked of the prefetcher before and after removing repetitions.
@@ -34,8 +33,6 @@ class TableStats:
         self.reads: Counter[str] = Counter()
         self.read_seconds: dict[str, float] = {}
         self.reads_within: Counter[tuple[str, int]] = Counter()
-        self.waits = 0
-        self.wait_seconds = 0.0
         self.prefetches: Counter[str] = Counter()
         self.rows_requested = 0
         self.rows_unique = 0
@@ -53,11 +50,6 @@ class TableStats:
             self.rows_read[tier] += num_rows
             self.bytes_read[tier] += num_bytes
             self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds
-
-    def add_wait(self, seconds: float) -> None:
-        with self._lock:
-            self.waits += 1
-            self.wait_seconds += seconds
 
     def add_prefetch(self, result: str) -> None:
         with self._lock:

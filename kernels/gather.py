@@ -96,9 +96,13 @@ class RowMemory:
             )
         return result
 
-    def resident(self, row_ids: NDArray[np.int64], begin: int, end: int) -> bool:
-        """Whether the rows of that range can be read without waiting for a disk; False if unknown."""
-        return self._native is not None and self._native.resident(row_ids, begin, end)
+    def absent(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
+        """Which of the rows (n,) are in that range and would have to be read from a disk, or may have to."""
+        if self._native is None:
+            return (row_ids >= begin) & (row_ids < end)
+        absent = np.zeros(len(row_ids), np.bool_)
+        self._native.absent(row_ids, begin, end, absent)
+        return absent
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Starts reading the rows of that range from their mapped file, all at once; only a hint."""

@@ -91,22 +91,17 @@ class RowMemory {
         return total;
     }
 
-    // Whether every row with begin <= ids[i] < end is in memory already. A page that is not is what makes a
-    // read slow; the answer may be outdated when it arrives.
-    bool resident(Array1<int64_t> ids, int64_t begin, int64_t end) const {
+    // absent[i] = whether row ids[i], begin <= ids[i] < end, is not wholly in memory: then reading it is slow.
+    // Rows out of that range are left as they are. The answer may be outdated when it arrives.
+    void find_absent(Array1<int64_t> ids, int64_t begin, int64_t end,
+                     nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu> absent) const {
         if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
+        if (absent.size() != ids.size()) throw std::invalid_argument("absent is not as long as ids");
         nb::gil_scoped_release unlocked;
         for (size_t i = 0; i < ids.size(); i++) {
             int64_t row = ids.data()[i];
-            if (row < begin || row >= end) continue;
-            uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
-            size_t size = uintptr_t(address(row)) + row_bytes_ - first;
-            unsigned char pages[1 + (1 << 20) / kPageBytes];
-            if (size > (1 << 20) || mincore(reinterpret_cast<void*>(first), size, pages) != 0) return false;
-            for (size_t p = 0; p * kPageBytes < size; p++)
-                if (!(pages[p] & 1)) return false;
+            if (row >= begin && row < end) absent.data()[i] = !resident(row);
         }
-        return true;
     }
 
     // Asks the kernel to read the pages of these rows, many at a time, before they are touched one by one.
@@ -122,6 +117,16 @@ class RowMemory {
     }
 
   private:
+    bool resident(int64_t row) const {
+        uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
+        size_t size = uintptr_t(address(row)) + row_bytes_ - first;
+        unsigned char pages[1 + (1 << 20) / kPageBytes];
+        if (size > (1 << 20) || mincore(reinterpret_cast<void*>(first), size, pages) != 0) return false;
+        for (size_t p = 0; p * kPageBytes < size; p++)
+            if (!(pages[p] & 1)) return false;
+        return true;
+    }
+
     const uint8_t* address(int64_t row) const {
         int64_t block = row / rows_per_block_;
         return bytes_ + blocks_[block] + size_t(row - block * rows_per_block_) * row_bytes_;
@@ -211,7 +216,7 @@ void register_gather(nb::module_& m) {
              nb::arg("codec"), nb::arg("dtype"), nb::arg("dim"), nb::arg("page_sums").none(),
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 9>())
         .def("gather", &RowMemory::gather)
-        .def("resident", &RowMemory::resident)
+        .def("absent", &RowMemory::find_absent)
         .def("will_need", &RowMemory::will_need);
     m.def("decode_rows", &decode_rows);
 }

@@ -8,12 +8,14 @@ that raises) ends that request alone.
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from scone.cache.device import Device
 from scone.cache.errors import RowReadError
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
@@ -25,6 +27,7 @@ from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import EngineObserver, StepStats
 from scone.server.engine.prefix_cache import root_hash
+from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
 from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState, Status
 from scone.server.sequence import Delta, FinishReason
@@ -45,9 +48,14 @@ class EngineCore:
         tokenizer: Tokenizer,
         model_hash: str,
         observer: EngineObserver,
+        device: Device | None = None,
     ) -> None:
+        """`device` stages rows for the runner; without one, the runner's own."""
         self.config = config
         self.observer = observer
+        self.overlay = RowOverlay(
+            device or staging_device(runner.device), config.max_num_batched_tokens, runner.dim, runner.dtype
+        )
         self._runner = runner
         self._token_bytes = TokenBytes(tokenizer)
         self._tokenizer = tokenizer
@@ -122,7 +130,7 @@ class EngineCore:
         for seq in list(self.state.waiting):
             num_staged += len(seq.token_ids)
             generation = self._generations[seq]
-            if generation.rows is not None and not generation.rows.spans:
+            if generation.rows is not None and generation.rows.staged_from is None:
                 cached = scheduler.cached_blocks(self.state, seq)
                 self._stage(generation, len(cached) * self.config.block_size)
             if num_staged >= self.config.max_num_staged_tokens:
@@ -141,7 +149,7 @@ class EngineCore:
     def _poll_rows(self) -> None:
         for seq, generation in self._generations.items():
             if generation.rows is None:
-                seq.ready_from, seq.ready_to = 0, len(seq.token_ids)
+                seq.ready_from, seq.ready_to = 0, sys.maxsize
             else:
                 seq.ready_from, seq.ready_to = generation.rows.ready_range()
 
@@ -167,25 +175,48 @@ class EngineCore:
 
     def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
+        chunks = self._end_unreadable(chunks, self._read_error)
         while chunks:
             embeddings = self._runner.embed(chunks)
-            if not any(self._generations[c.seq].rows for c in chunks):
+            try:
+                self._lay_rows(chunks, embeddings)
                 return chunks, embeddings
-            parts = torch.split(embeddings, [c.num_tokens for c in chunks])
-            failed = False
-            for chunk, part in zip(chunks, parts, strict=True):
-                generation = self._generations[chunk.seq]
-                if generation.rows is None or generation.run.input_rows is None:
-                    continue
-                try:
-                    generation.run.input_rows.write(generation.rows, chunk.start, part)
-                except RowReadError as error:
-                    failed = True
-                    self._fail(generation, str(error))
-            if not failed:
-                return chunks, embeddings
-            chunks = [c for c in chunks if c.seq.status is Status.RUNNING]
+            except RowReadError as error:  # a row in memory is damaged: find out whose
+                readable = self._end_unreadable(chunks, self._gather_error)
+                if len(readable) == len(chunks):
+                    raise RowReadError(f"rows cannot be read together: {error}") from None
+                chunks = readable
         return [], torch.empty(0)
+
+    def _lay_rows(self, chunks: list[Chunk], embeddings: Tensor) -> None:
+        generations = [self._generations[chunk.seq] for chunk in chunks]
+        for source in {g.run.input_rows for g in generations}:  # several only while a table is swapped
+            if source is not None:
+                parts = [
+                    (g.rows if g.run.input_rows is source else None, chunk.start, chunk.num_tokens)
+                    for g, chunk in zip(generations, chunks, strict=True)
+                ]
+                self.overlay.lay(source, parts, embeddings)
+
+    def _end_unreadable(
+        self, chunks: list[Chunk], error_of: Callable[[Generation, Chunk], RowReadError | None]
+    ) -> list[Chunk]:
+        """Ends the requests whose rows cannot be read; returns the others' chunks."""
+        for chunk in chunks:
+            generation = self._generations.get(chunk.seq)
+            if generation is not None and (error := error_of(generation, chunk)) is not None:
+                self._fail(generation, str(error))
+        return [chunk for chunk in chunks if chunk.seq.status is Status.RUNNING]
+
+    def _read_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
+        rows = generation.rows
+        return rows.error(chunk.start, chunk.start + chunk.num_tokens) if rows and rows.reads else None
+
+    def _gather_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
+        if generation.rows is None or generation.run.input_rows is None:
+            return None
+        part = (generation.rows, chunk.start, chunk.num_tokens)
+        return generation.run.input_rows.gather_error(part)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -200,7 +231,7 @@ class EngineCore:
             generation = self._generations[chunk.seq]
             scheduler.commit(self.state, chunk)
             self._count_prompt_tokens(generation.run, chunk.seq.num_computed_tokens)
-            if generation.rows is not None:
+            if generation.rows is not None and generation.rows.reads:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if generation.needs_prompt_logits:
                 self._score_prompt(generation, chunk, part)

@@ -1,18 +1,21 @@
-"""The f-gram rows of each sequence's inputs: matched at once, read ahead, laid over the embeddings.
+"""The f-gram rows of each sequence's inputs: matched at once, read ahead, gathered for a step.
 
 A prompt is matched whole when its request is admitted, and its reads are issued chunk by chunk; the
-tokens generated in one step are matched and read together. Nothing is carried from one match to the
+tokens generated in one step are matched together. Only rows that may have to be waited for are read ahead;
+those in memory are gathered when a step computes their inputs. Nothing is carried from one match to the
 next: a sequence that is preempted, forked or started from cached blocks is read again from its ids.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
@@ -24,116 +27,112 @@ CHUNK_TOKENS = 256
 
 
 class PendingRows(Protocol):
-    """Rows that were asked for."""
+    """Rows that a worker reads; see `cache.prefetcher.PendingRows`."""
 
+    @property
+    def row_ids(self) -> NDArray[np.int64]: ...
     def ready(self) -> bool: ...
-    def copy_into(self, out: Tensor) -> None: ...
-    def cancel(self) -> None: ...
+    def error(self, begin: int, end: int) -> RowReadError | None: ...
+    def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None: ...
+    def cancel(self, begin: int, end: int) -> None: ...
 
 
 class RowSource(Protocol):
     """Reads rows in the background."""
 
-    def submit(self, row_ids: np.ndarray[Any, Any], reason: str = "demand") -> PendingRows: ...
+    def submit(
+        self, row_ids: NDArray[np.int64], reason: str = "demand", *, apart: bool = False
+    ) -> PendingRows | None: ...
 
 
-class Matcher(Protocol):
-    """Finds longest f-grams."""
+class Table(Protocol):
+    """Finds longest f-grams, and their rows."""
 
     @property
     def max_n(self) -> int: ...
     @property
     def dim(self) -> int: ...
-    def match(self, input_ids: np.ndarray[Any, Any]) -> tuple[Any, Any]: ...
-    def match_last(self, windows: np.ndarray[Any, Any]) -> tuple[Any, Any]: ...
-    def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any: ...
+    def match(self, input_ids: NDArray[np.int32]) -> tuple[Any, Any]: ...
+    def match_last(self, windows: NDArray[np.int32]) -> tuple[Any, Any]: ...
+    def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
+    def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
 class _Read:
-    """One submitted read and, once used, the rows it brought."""
-
-    def __init__(self, source: RowSource, row_ids: np.ndarray[Any, Any], dim: int) -> None:
-        self.source = source
-        self.row_ids = row_ids
-        self._dim = dim
-        self._pending = source.submit(row_ids, reason="demand")
-        self._rows: Tensor | None = None
-
-    def ready(self) -> bool:
-        return self._rows is not None or self._pending.ready()
-
-    def rows(self) -> Tensor:
-        """(n, dim) float32; rows without an id are unspecified. Raises RowReadError."""
-        if self._rows is None:
-            rows = torch.zeros(len(self.row_ids), self._dim)
-            self._pending.copy_into(rows)
-            self._rows = rows
-        return self._rows
-
-    def alone(self, begin: int, end: int) -> _Read:
-        """The same read for some of its rows only."""
-        return _Read(self.source, self.row_ids[begin:end], self._dim)
-
-    def cancel(self) -> None:
-        self._pending.cancel()
-
-
-@dataclass(slots=True)
-class _Span:
-    """Inputs `[start, end)` of a sequence lie at `offset` of a read; no read where nothing matched."""
+    """Inputs [start, end) of one sequence: rows [first, first + end - start) of what a worker reads."""
 
     start: int
     end: int
-    read: _Read | None
-    offset: int
-    is_shared: bool
+    pending: PendingRows
+    first: int
+
+    def error(self) -> RowReadError | None:
+        return self.pending.error(self.first, self.first + self.end - self.start)
+
+    def cancel(self) -> None:
+        self.pending.cancel(self.first, self.first + self.end - self.start)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class SequenceRows:
-    """Row ids of one sequence's inputs (-1: none) and the reads under way; `spans` are contiguous."""
+    """Row ids of one sequence's inputs (-1: none) and the reads under way.
+
+    Attributes:
+        staged_from: the rows of all inputs from here on have been asked for; None: of no input.
+        reads: those of them that may have to be waited for, in the order of their inputs.
+    """
 
     row_ids: list[int]
-    spans: list[_Span] = field(default_factory=list)
-
-    @property
-    def staged_from(self) -> int:
-        return self.spans[0].start if self.spans else len(self.row_ids)
+    staged_from: int | None = None
+    reads: list[_Read] = field(default_factory=list)
 
     def ready_range(self) -> tuple[int, int]:
-        """The inputs that can be used now; empty ranges have equal ends."""
-        end = self.staged_from
-        for span in self.spans:
-            if span.read is not None and not span.read.ready():
-                break
-            end = span.end
-        return self.staged_from, end
+        """The inputs that can be used now, those yet to come included; empty ranges have equal ends."""
+        if self.staged_from is None:
+            return sys.maxsize, sys.maxsize
+        for read in self.reads:
+            if not read.pending.ready():
+                return self.staged_from, read.start
+        return self.staged_from, sys.maxsize
+
+    def error(self, start: int, end: int) -> RowReadError | None:
+        """Why the rows of some of inputs [start, end) could not be read ahead, if so."""
+        for read in self.reads:
+            if read.start < end and start < read.end and (error := read.error()) is not None:
+                return error
+        return None
 
     def fork(self) -> SequenceRows:
-        """The same inputs, with nothing read yet."""
+        """The same inputs, with nothing asked for yet."""
         return SequenceRows(self.row_ids.copy())
 
     def drop_before(self, position: int) -> None:
-        """Forgets the rows of inputs that are computed."""
-        while self.spans and self.spans[0].end <= position:
-            self.spans.pop(0)
+        """Forgets what was read for inputs that are computed."""
+        while self.reads and self.reads[0].end <= position:
+            self.reads.pop(0)
 
     def cancel(self) -> None:
-        """Gives up all reads, save those that other sequences share."""
-        for span in self.spans:
-            if span.read is not None and not span.is_shared:
-                span.read.cancel()
-        self.spans.clear()
+        """Gives up all reads."""
+        for read in self.reads:
+            read.cancel()
+        self.reads.clear()
+        self.staged_from = None
 
     def num_matched(self, num_inputs: int) -> int:
         return sum(row_id >= 0 for row_id in self.row_ids[:num_inputs])
+
+
+Part = tuple[SequenceRows | None, int, int]
+"""What a step computes of one sequence: its rows, the first input, how many inputs. None: rows of no table,
+or of another one."""
 
 
 class InputRows:
     """One generation of the table, as the engine uses it."""
 
     def __init__(
-        self, table: Matcher, source: RowSource, table_id: str, close: Callable[[], None] = lambda: None
+        self, table: Table, source: RowSource, table_id: str, close: Callable[[], None] = lambda: None
     ) -> None:
         """`table_id` names everything that determines the table's rows; `close` ends the source."""
         self.close = close
@@ -148,66 +147,94 @@ class InputRows:
 
     def stage(self, rows: SequenceRows, start: int) -> None:
         """Issues the reads of all inputs from `start` on, unless they are under way."""
-        if rows.spans and rows.staged_from <= start:
+        if rows.staged_from is not None and rows.staged_from <= start:
             return
         rows.cancel()
-        total = len(rows.row_ids)
-        while start < total:
-            end = min(total, (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
-            row_ids = np.array(rows.row_ids[start:end], dtype=np.int64)
-            read = _Read(self._source, row_ids, self.table.dim) if (row_ids >= 0).any() else None
-            rows.spans.append(_Span(start, end, read, 0, is_shared=False))
+        row_ids = np.array(rows.row_ids, np.int64)
+        rows.staged_from = start
+        while start < len(row_ids):
+            end = min(len(row_ids), (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
+            pending = self._source.submit(row_ids[start:end])
+            if pending is not None:
+                rows.reads.append(_Read(start, end, pending, 0))
             start = end
 
     def extend(self, batch: Sequence[tuple[SequenceRows, Sequence[int]]]) -> None:
-        """Matches the newest token of each sequence (rows, token ids) and reads all rows at once."""
+        """Matches the newest token of each sequence (rows, token ids) and asks for all rows at once.
+
+        Only sequences whose own row may have to be waited for will wait.
+        """
         max_n = self.table.max_n
         windows = np.full((len(batch), max_n), -1, dtype=np.int32)
         for i, (_, token_ids) in enumerate(batch):
             window = token_ids[-max_n:]
             windows[i, max_n - len(window) :] = window
         row_ids = np.asarray(self.table.match_last(windows)[0])
-        wanted = np.flatnonzero(row_ids >= 0)
-        read = _Read(self._source, row_ids[wanted], self.table.dim) if len(wanted) else None
-        offsets = dict(zip(wanted.tolist(), range(len(wanted)), strict=True))
-        for i, (rows, token_ids) in enumerate(batch):
-            rows.row_ids.append(int(row_ids[i]))
-            start = len(token_ids) - 1
-            rows.spans.append(
-                _Span(start, start + 1, read if i in offsets else None, offsets.get(i, 0), is_shared=True)
-            )
+        for (rows, token_ids), row_id in zip(batch, row_ids.tolist(), strict=True):
+            rows.row_ids.append(row_id)
+            if rows.staged_from is None:
+                rows.staged_from = len(token_ids) - 1
+        pending = self._source.submit(row_ids, apart=True)
+        if pending is not None:
+            for i in np.flatnonzero(pending.row_ids >= 0).tolist():
+                rows, token_ids = batch[i]
+                rows.reads.append(_Read(len(token_ids) - 1, len(token_ids), pending, i))
 
-    def write(self, rows: SequenceRows, start: int, out: Tensor) -> None:
-        """Lays the rows of inputs `[start, start + len(out))` over embeddings `out` (n, dim).
+    def row_ids(self, parts: Sequence[Part]) -> NDArray[np.int64]:
+        """(num_inputs,) int64, the parts' inputs one after the other; -1 where there is no row."""
+        row_ids: list[int] = []
+        for rows, start, num_inputs in parts:
+            row_ids += [-1] * num_inputs if rows is None else rows.row_ids[start : start + num_inputs]
+        return np.array(row_ids, np.int64)
 
-        Raises RowReadError for this sequence's rows only: where a read that sequences share failed,
-        this one's part is read again by itself.
+    def gather(
+        self, parts: Sequence[Part], row_ids: NDArray[np.int64], places: NDArray[np.int64], out: Tensor
+    ) -> None:
+        """Writes the row of input places[i] of the parts, row_ids[i], to out[i].
+
+        Raises:
+            RowReadError: a row in memory turned out to be damaged or gone. Rows read ahead must be ready
+                and without error.
         """
-        end = start + len(out)
-        for span in rows.spans:
-            begin, stop = max(start, span.start), min(end, span.end)
-            if begin >= stop or span.read is None:
-                continue
-            first = span.offset + begin - span.start
-            last = first + stop - begin
-            try:
-                read_rows = span.read.rows()[first:last]
-            except RowReadError:
-                if not span.is_shared:
-                    raise
-                read_rows = span.read.alone(first, last).rows()
-            matched = torch.from_numpy(span.read.row_ids[first:last] >= 0)
-            target = out[begin - start : stop - start]
-            if matched.all():
-                target.copy_(read_rows)
-            else:
-                target[matched] = read_rows[matched].to(target)
+        for pending, picks in _read_ahead(parts).items():
+            picks = picks[places]
+            is_awaited = (picks >= 0) & (pending.row_ids[picks] >= 0)
+            pending.copy_into(np.where(is_awaited, picks, -1), out)
+            row_ids = np.where(is_awaited, -1, row_ids)
+        self.table.read_into(row_ids, out)
+
+    def gather_error(self, part: Part) -> RowReadError | None:
+        """Why `gather` fails for this sequence, if it does."""
+        row_ids = self.row_ids([part])
+        places = np.flatnonzero(row_ids >= 0)
+        try:
+            self.gather([part], row_ids[places], places, torch.empty(len(places), self.table.dim))
+        except RowReadError as error:
+            return error
+        return None
 
     def count_tiers(self, rows: SequenceRows, num_inputs: int) -> dict[str, int]:
         """How many of the first `num_inputs` rows lie in each tier of the table."""
         row_ids = np.array([r for r in rows.row_ids[:num_inputs] if r >= 0], dtype=np.int64)
         names, counts = np.unique(np.asarray(self.table.tier_of(row_ids)).astype(str), return_counts=True)
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def _read_ahead(parts: Sequence[Part]) -> dict[PendingRows, NDArray[np.int64]]:
+    """For each read, which of its rows belongs to each input of the parts; -1: none."""
+    picks: dict[PendingRows, NDArray[np.int64]] = {}
+    offset = 0
+    for rows, start, num_inputs in parts:
+        for read in rows.reads if rows is not None else ():
+            begin, end = max(start, read.start), min(start + num_inputs, read.end)
+            if begin < end:
+                if read.pending not in picks:
+                    picks[read.pending] = np.full(sum(n for _, _, n in parts), -1, np.int64)
+                first = read.first + begin - read.start
+                at = offset + begin - start
+                picks[read.pending][at : at + end - begin] = np.arange(first, first + end - begin)
+        offset += num_inputs
+    return picks
 
 
 def read_ahead(table: FGramTable) -> InputRows:

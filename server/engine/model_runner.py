@@ -39,6 +39,7 @@ class ModelRunner:
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native` or `torch`.
+        dtype: of embeddings, hidden states, keys and values.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
@@ -58,8 +59,8 @@ class ModelRunner:
             if self.backend == "native"
             else TorchForward(decoder)
         )
-        dtype = torch.float32 if self.backend == "native" else decoder.dtype
-        block_bytes = shape.kv_bytes_per_token // 4 * dtype.itemsize * config.block_size
+        self.dtype = torch.float32 if self.backend == "native" else decoder.dtype
+        block_bytes = shape.kv_bytes_per_token // 4 * self.dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
         cache_shape = (
@@ -70,7 +71,7 @@ class ModelRunner:
             shape.head_dim,
         )
         # Zeroed, since masked keys are multiplied by zero and garbage could be NaN.
-        self._k_cache = torch.zeros(cache_shape, dtype=dtype, device=self.device)
+        self._k_cache = torch.zeros(cache_shape, dtype=self.dtype, device=self.device)
         self._v_cache = torch.zeros_like(self._k_cache)
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -93,8 +93,8 @@ def test_tiers_split_at_the_budget(tables: dict[tuple[str, str], Path]) -> None:
             ("disk", "direct", 1000, table.num_fgrams),
         ]
         assert table.tier_of([-1, 0, 999, 1000]).tolist() == ["", "ram", "ram", "disk"]
-        assert not table.may_wait([999, -1])
-        assert table.may_wait([999, 1000])
+        assert table.may_wait([999, -1]).tolist() == [False, False]
+        assert table.may_wait([999, 1000, -1]).tolist() == [False, True, False]
 
 
 def test_rows_are_right_while_the_ram_tier_fills(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.sim_device import SimDevice
+from scone.cache.staging_ring import SlotState
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
@@ -21,6 +23,7 @@ from scone.server.engine.generation import RequestRun
 from scone.server.engine.input_rows import InputRows
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import SilentObserver
+from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
 TINY = ModelConfig(
@@ -59,16 +62,31 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class DictTable:
-    """Longest match by trying; rows in memory. `broken` rows cannot be read, `held` reads do not end."""
+    """Longest match by trying; rows in memory or `slow`, as on a disk.
+
+    Attributes:
+        broken: rows that cannot be read.
+        slow: rows that are read ahead; None: all of them.
+        held: rows whose read does not end; None: none of them may.
+    """
 
     def __init__(self, rows: dict[tuple[int, ...], Tensor], dim: int, max_n: int = 5) -> None:
         self.dim, self.max_n = dim, max_n
         self._ids = {fgram: row_id for row_id, fgram in enumerate(rows)}
         self._rows = torch.stack(list(rows.values())) if rows else torch.empty(0, dim)
         self.broken: set[int] = set()
-        self.is_held = False
+        self.slow: set[int] | None = None
+        self.held: set[int] | None = set()
         self.num_read = 0
         self.num_cancelled = 0
+
+    @property
+    def is_held(self) -> bool:
+        return self.held is None
+
+    @is_held.setter
+    def is_held(self, value: bool) -> None:
+        self.held = None if value else set()
 
     def longest(self, window: Sequence[int]) -> int:
         for n in range(min(self.max_n, len(window)), 1, -1):
@@ -94,8 +112,21 @@ class DictTable:
     def row(self, row_id: int) -> Tensor:
         return self._rows[row_id]
 
-    def submit(self, row_ids: np.ndarray[Any, Any], reason: str = "demand") -> DictRead:
-        return DictRead(self, row_ids.copy())
+    def read_into(self, row_ids: np.ndarray[Any, Any], out: Tensor) -> None:
+        for i, row_id in enumerate(row_ids.tolist()):
+            if row_id in self.broken:
+                raise RowReadError(f"row {row_id} cannot be read")
+            if row_id >= 0:
+                assert self.slow is not None, "a row that is read ahead was not waited for"
+                assert row_id not in self.slow, "a row that is read ahead was not waited for"
+                out[i] = self.row(row_id)
+                self.num_read += 1
+
+    def submit(
+        self, row_ids: np.ndarray[Any, Any], reason: str = "demand", *, apart: bool = False
+    ) -> DictRead | None:
+        awaited = [r if self.slow is None or r in self.slow else -1 for r in row_ids.tolist()]
+        return DictRead(self, np.array(awaited)) if max(awaited) >= 0 else None
 
 
 class DictRead:
@@ -103,18 +134,22 @@ class DictRead:
         self.table, self.row_ids = table, row_ids
 
     def ready(self) -> bool:
-        return not self.table.is_held
+        held = self.table.held
+        return held is not None and held.isdisjoint(self.row_ids.tolist())
 
-    def copy_into(self, out: Tensor) -> None:
-        assert not self.table.is_held, "the engine would block on a read that is not ready"
-        for i, row_id in enumerate(self.row_ids.tolist()):
-            if row_id in self.table.broken:
-                raise RowReadError(f"row {row_id} cannot be read")
-            if row_id >= 0:
-                out[i] = self.table.row(row_id)
+    def error(self, begin: int, end: int) -> RowReadError | None:
+        broken = self.table.broken & set(self.row_ids[begin:end].tolist())
+        return RowReadError(f"row {min(broken)} cannot be read") if broken else None
+
+    def copy_into(self, picks: np.ndarray[Any, Any], out: Tensor) -> None:
+        assert self.ready(), "the engine would block on a read that is not ready"
+        for i, pick in enumerate(picks.tolist()):
+            if pick >= 0:
+                assert self.row_ids[pick] >= 0
+                out[i] = self.table.row(self.row_ids[pick])
                 self.table.num_read += 1
 
-    def cancel(self) -> None:
+    def cancel(self, begin: int, end: int) -> None:
         self.table.num_cancelled += 1
 
 
@@ -166,6 +201,43 @@ class Outcome:
         return [p.logprob for d in self.deltas[index] for p in d.logprobs or ()]
 
 
+class LateRunner(ModelRunner):
+    """A model on a simulated device: it runs when the device runs it, at the latest when asked for logits."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, device: SimDevice) -> None:
+        super().__init__(decoder, config)
+        self._device = device
+
+    def embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        return self._late(super().embed(chunks))
+
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor) -> Tensor:
+        hidden = torch.full_like(embeddings, torch.nan)
+        # what the host prepares is as of now
+        positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
+        batch = self._paged_batch(chunks)
+
+        def run() -> None:
+            states = self._forward.forward(
+                embeddings, torch.tensor(positions, dtype=torch.int32), batch, self._k_cache, self._v_cache
+            )
+            hidden.copy_(states)
+
+        self._device.launch(run)
+        if any(chunk.reaches_end for chunk in chunks):  # the host is going to sample
+            self._device.drain()
+        return hidden
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._device.drain()
+        super().copy_blocks(pairs)
+
+    def _late(self, result: Tensor) -> Tensor:
+        out = torch.full_like(result, torch.nan)
+        self._device.launch(lambda: out.copy_(result))
+        return out
+
+
 class World:
     """An engine core and what is needed to feed it."""
 
@@ -174,13 +246,16 @@ class World:
         decoder: Decoder,
         tokenizer: Tokenizer,
         table: DictTable | None = None,
+        device: SimDevice | None = None,
         **config: Any,
     ) -> None:
+        """With `device` the model runs on it, else here."""
         defaults = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
         self.config = EngineConfig(**{**defaults, **config})
-        self.core = EngineCore(
-            self.config, ModelRunner(decoder, self.config), tokenizer, "model", SilentObserver()
+        runner = (
+            ModelRunner(decoder, self.config) if device is None else LateRunner(decoder, self.config, device)
         )
+        self.core = EngineCore(self.config, runner, tokenizer, "model", SilentObserver(), device)
         self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 
@@ -209,12 +284,13 @@ class World:
         assert pool.num_free == pool.num_blocks
         assert not self.core.state.waiting
         assert not self.core.state.running
+        assert all(slot.state is SlotState.FREE for slot in self.core.overlay.ring._slots)
 
 
 @pytest.fixture
 def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Callable[..., World]:
-    def make(table: DictTable | None = None, **config: Any) -> World:
-        return World(tiny_decoder, byte_tokenizer, table, **config)
+    def make(table: DictTable | None = None, device: SimDevice | None = None, **config: Any) -> World:
+        return World(tiny_decoder, byte_tokenizer, table, device, **config)
 
     return make
 
