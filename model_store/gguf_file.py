@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def _dequantize_q4_1(data: NDArray[np.uint8]) -> Tensor:
     return nibbles.float().mul_(scale).add_(minimum).flatten(1)
 
 
+def _dequantize_q8_0(data: NDArray[np.uint8]) -> Tensor:
+    """The library's result, several times as fast: blocks of a float16 scale, then 32 signed bytes."""
+    rows = torch.from_numpy(np.array(data))
+    blocks = rows.view(len(rows), -1, 34)
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    return blocks[..., 2:].view(torch.int8).float().mul_(scale).flatten(1)
+
+
+DEQUANTIZE = {GGMLQuantizationType.Q4_1: _dequantize_q4_1, GGMLQuantizationType.Q8_0: _dequantize_q8_0}
+"""The formats of the demo model; all others are left to the library."""
+
+
 class GGUFFile:
     """One GGUF file, memory-mapped. Raises CheckpointError if it is none or of an unknown family."""
 
@@ -108,7 +121,7 @@ class GGUFFile:
             raise CheckpointError(f"{self.path} lacks the key {self.architecture}.{key}")
         return value
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         heads, dim = self._own("attention.head_count"), self._own("embedding_length")
         return ModelConfig(
@@ -149,8 +162,8 @@ class GGUFFile:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        if tensor.tensor_type == GGMLQuantizationType.Q4_1:
-            return _dequantize_q4_1(tensor.data)
+        if tensor.tensor_type in DEQUANTIZE:
+            return DEQUANTIZE[tensor.tensor_type](tensor.data)
         values = dequantize(tensor.data, tensor.tensor_type)
         shape = [int(n) for n in reversed(tensor.shape)]
         # a copy where the values are still the file's own mapping: torch wants writable memory

@@ -389,8 +389,10 @@ void register_decoder(nb::module_& m) {
             "__init__",
             [](PackedLinear* self, Matrix weight, const std::string& kind, std::optional<Vector> bias) {
                 want(!bias || bias->size() == weight.shape(0), "bias is not (num_outputs,)");
+                const WeightKind named = kind_named(kind);
+                nb::gil_scoped_release unlocked;  // several maps are packed at once
                 new (self) PackedLinear(weight.data(), int(weight.shape(0)), int(weight.shape(1)),
-                                        kind_named(kind), bias ? bias->data() : nullptr);
+                                        named, bias ? bias->data() : nullptr);
             },
             nb::arg("weight"), nb::arg("kind"), nb::arg("bias") = nb::none())
         .def_prop_ro("num_bytes", &PackedLinear::num_bytes)

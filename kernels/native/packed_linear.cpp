@@ -28,6 +28,9 @@ float from_half(uint16_t h) {
     return sign * std::ldexp(float(1024 + mantissa), exponent - 25);
 }
 
+// To nearest even, for |x| < 2^22: a plain sum, which compilers vectorise for any processor.
+float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
 constexpr int kInt8Bytes = 2 * kPanel + kGroup * kPanel;
 constexpr int kInt4Bytes = 4 * kPanel + kGroup * kPanel / 2;
 
@@ -36,22 +39,40 @@ struct Group {  // of one column
     int values[kGroup];
 };
 
+struct Range {
+    float least, largest;
+};
+
+// Eight at a time, which compilers vectorise; a plain loop would wait for each comparison.
+Range range_of(const float* x) {
+    float least[8], largest[8];
+    for (int i = 0; i < 8; ++i) least[i] = largest[i] = x[i];
+    for (int k = 8; k < kGroup; k += 8) {
+        for (int i = 0; i < 8; ++i) {
+            least[i] = std::min(least[i], x[k + i]);
+            largest[i] = std::max(largest[i], x[k + i]);
+        }
+    }
+    return {*std::min_element(least, least + 8), *std::max_element(largest, largest + 8)};
+}
+
 // Symmetric, 127 levels each way, as ggml's Q8_0: a tensor that was stored so is kept exactly.
 Group round_int8(const float* x) {
-    float largest = 0.0f;
-    for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
-    Group g{from_half(to_half(largest / 127.0f)), 0.0f, {}};
-    for (int i = 0; i < kGroup && g.scale > 0; ++i)
-        g.values[i] = int(std::max(-127.0f, std::min(127.0f, std::nearbyint(x[i] / g.scale))));
+    const Range range = range_of(x);
+    Group g{from_half(to_half(std::max(-range.least, range.largest) / 127.0f)), 0.0f, {}};
+    if (!(g.scale > 0)) return g;
+    for (int i = 0; i < kGroup; ++i)
+        g.values[i] = int(rounded(std::max(-127.0f, std::min(127.0f, x[i] / g.scale))));
     return g;
 }
 
 // 16 levels from least to largest, as ggml's Q4_1: a tensor that was stored so is kept exactly.
 Group round_int4(const float* x) {
-    const float least = *std::min_element(x, x + kGroup), largest = *std::max_element(x, x + kGroup);
+    const auto [least, largest] = range_of(x);
     Group g{from_half(to_half((largest - least) / 15.0f)), from_half(to_half(least)), {}};
-    for (int i = 0; i < kGroup && g.scale > 0; ++i)
-        g.values[i] = int(std::max(0.0f, std::min(15.0f, std::nearbyint((x[i] - g.minimum) / g.scale))));
+    if (!(g.scale > 0)) return g;
+    for (int i = 0; i < kGroup; ++i)
+        g.values[i] = int(rounded(std::max(0.0f, std::min(15.0f, (x[i] - g.minimum) / g.scale))));
     return g;
 }
 
@@ -96,8 +117,9 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
                 const uint16_t scale = to_half(rounded.scale);
                 std::memcpy(group + 2 * c, &scale, 2);
                 unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
-                for (int i = 0; i < kGroup; ++i)
-                    values[i / 2 * 16 + lane * 2 + i % 2] = static_cast<unsigned char>(rounded.values[i]);
+                unsigned char bytes[kGroup];
+                for (int i = 0; i < kGroup; ++i) bytes[i] = static_cast<unsigned char>(rounded.values[i]);
+                for (int i = 0; i < kGroup; i += 2) std::memcpy(values + i * 8 + lane * 2, bytes + i, 2);
             } else {
                 unsigned char* group = target + size_t(g) * kInt4Bytes;
                 const Group rounded = round_int4(x);
@@ -105,8 +127,10 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
                 std::memcpy(group + 2 * c, &scale, 2);
                 std::memcpy(group + 2 * kPanel + 2 * c, &minimum, 2);
                 unsigned char* values = group + 4 * kPanel + half * kGroup * 4;
-                for (int i = 0; i < kGroup; ++i)
-                    values[i % 16 / 4 * 32 + lane * 4 + i % 4] |= rounded.values[i] << (i < 16 ? 0 : 4);
+                unsigned char bytes[kGroup / 2];
+                for (int i = 0; i < kGroup / 2; ++i)
+                    bytes[i] = static_cast<unsigned char>(rounded.values[i] | rounded.values[i + 16] << 4);
+                for (int i = 0; i < kGroup / 2; i += 4) std::memcpy(values + i * 8 + lane * 4, bytes + i, 4);
             }
         }
     }

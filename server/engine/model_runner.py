@@ -5,10 +5,12 @@ Knows neither requests nor sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,9 +72,8 @@ class ModelRunner:
             config.block_size,
             shape.head_dim,
         )
-        # Zeroed, since masked keys are multiplied by zero and garbage could be NaN.
-        self._k_cache = torch.zeros(cache_shape, dtype=self.dtype, device=self.device)
-        self._v_cache = torch.zeros_like(self._k_cache)
+        self._k_cache = _zeros(cache_shape, self.dtype, self.device)
+        self._v_cache = _zeros(cache_shape, self.dtype, self.device)
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """Token embeddings (num_tokens, dim) of the chunks, one after the other."""
@@ -124,6 +125,16 @@ class ModelRunner:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
             slots=torch.tensor(slots, device=self.device),
         )
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since masked keys are multiplied by zero and garbage could be NaN.
+
+    On a CPU they are pages that the kernel zeroes when first used, where torch would write them all now.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class NativeForward:
         self, decoder: Decoder, quantization: Quantization, num_threads: int, max_model_len: int
     ) -> None:
         config = decoder.config
-        layers = [_pack(block, quantization) for block in decoder.layers if isinstance(block, Block)]
+        with ThreadPoolExecutor(num_threads) as pool:
+            layers = list(pool.map(partial(_pack, quantization=quantization), decoder.layers))
         # The head decides among all tokens at once: 4 bits would cost more quality than they save time.
         head_kind = _kind_of([decoder.lm_head], "int8" if quantization == "int4" else quantization)
         self._workspace = Workspace(num_threads)
@@ -79,7 +82,8 @@ class NativeForward:
         return torch.nn.functional.linear(hidden, self._head_weight[list(token_ids)].float())
 
 
-def _pack(block: Block, quantization: Quantization) -> LayerWeights:
+def _pack(block: nn.Module, quantization: Quantization) -> LayerWeights:
+    assert isinstance(block, Block)
     # Maps that read the same inputs share their kind, so that these are prepared once.
     groups = (
         [block.q_proj, block.k_proj, block.v_proj],

@@ -170,8 +170,13 @@ def test_weights_equal_the_librarys_own(smollm2_path: Path) -> None:
     from scone.model_store.gguf_file import GGUFFile
 
     file = GGUFFile(smollm2_path)
-    for name in ("blk.3.attn_v.weight", "blk.7.ffn_down.weight", "blk.29.attn_output.weight"):
+    for name, kind in (
+        ("token_embd.weight", "Q8_0"),
+        ("blk.3.attn_v.weight", "Q4_1"),
+        ("blk.7.ffn_down.weight", "Q4_1"),
+        ("blk.29.attn_output.weight", "Q4_1"),
+    ):
         stored = file._tensors[name]
-        assert stored.tensor_type.name == "Q4_1"
+        assert stored.tensor_type.name == kind
         expected = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
         assert torch.equal(file._read(name), expected)
