@@ -24,7 +24,11 @@ setup(
                 *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/native").glob("*.cpp")),
                 str(NANOBIND / "src/nb_combined.cpp"),
             ],
-            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/native").glob("*.hpp")),
+            depends=sorted(
+                str(p.relative_to(ROOT))
+                for p in (ROOT / "kernels/native").iterdir()
+                if p.suffix in (".hpp", ".inl")
+            ),
             include_dirs=[nanobind.include_dir(), str(NANOBIND / "ext/robin_map/include"), "kernels/native"],
             # No -march=native: one binary for all hosts, faster paths are chosen at run time.
             extra_compile_args=[

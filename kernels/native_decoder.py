@@ -74,6 +74,7 @@ class NativeDecoder:
         """Turns embeddings (num_tokens, dim) float32 into hidden states, in place; stores keys and values.
 
         positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
+        A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
         """
         self._native.forward(
             embeddings,

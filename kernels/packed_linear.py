@@ -1,6 +1,6 @@
 """Linear maps whose weights are packed for the processor: float32, or rounded to 8 or 4 bits.
 
-Native (native/packed_linear.cpp, native/decoder_kernels.inl). Weights are rounded in groups of 32 inputs:
+Native (native/packed_linear.cpp, native/linear_kernels.inl). Weights are rounded in groups of 32 inputs:
 `int8` symmetrically with a half-precision scale, as ggml's Q8_0; `int4` to 16 levels between the least and
 the largest, as its Q4_1. A tensor that was stored in those formats is kept exactly. Inputs are rounded
 too, in the same groups: to 16 bits for `int8` weights (which costs nothing measurable) and to 8 bits for

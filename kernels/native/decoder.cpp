@@ -13,8 +13,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "packed_linear.hpp"
-#include "thread_team.hpp"
+#include "workspace.hpp"
 
 namespace nb = nanobind;
 
@@ -39,73 +38,6 @@ WeightKind kind_named(const std::string& name) {
 
 void want(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
-}
-
-// Threads, kernels and scratch that all native maps of one model share. One caller at a time.
-class Workspace {
-public:
-    Workspace(int num_threads, bool portable)
-        : team(num_threads),
-          kernels(portable || decoder_kernels_avx2() == nullptr ? decoder_kernels_portable()
-                                                                : decoder_kernels_avx2()) {}
-
-    // Room for `rows` rows of `width` inputs prepared for quantised weights.
-    Activations prepared(int rows, int width) {
-        const size_t num_groups = size_t(width + kGroup - 1) / kGroup;
-        grow(values_, values_size_, rows * num_groups * kGroup * sizeof(int16_t));
-        grow(scales_, scales_size_, rows * num_groups);
-        grow(sums_, sums_size_, rows * num_groups);
-        return {values_.get(), scales_.get(), sums_.get()};
-    }
-
-    template <class T>
-    static void grow(std::unique_ptr<T[], AlignedFree>& array, size_t& size, size_t wanted) {
-        if (wanted > size) {
-            array = aligned_array<T>(wanted);
-            size = wanted;
-        }
-    }
-
-    ThreadTeam team;
-    const DecoderKernels* kernels;
-
-private:
-    std::unique_ptr<char[], AlignedFree> values_;
-    std::unique_ptr<float[], AlignedFree> scales_, sums_;
-    size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;
-};
-
-// Rows [begin, end) of x into the form that the map's weights want.
-Activations prepare_rows(Workspace& space, WeightKind kind, float* x, int rows, int width, Activations& target) {
-    if (kind == WeightKind::f32) return {x, nullptr, nullptr};
-    space.team.share(rows, 1, [&](int begin, int end) {
-        for (int r = begin; r < end; ++r)
-            space.kernels->prepare(kind, x + size_t(r) * width, width, r, target);
-    });
-    space.team.barrier();
-    return target;
-}
-
-// Calls finish(first_row, rows, first_column, columns, tile) for every tile of x times the map.
-template <class Finish>
-void for_tiles(Workspace& space, const PackedLinear& map, const Activations& x, int rows, const Finish& finish) {
-    const PackedWeights& w = map.weights();
-    const int num_blocks = (rows + kRowBlock - 1) / kRowBlock;
-    const int chunk = std::max(1, w.num_panels / (space.team.size() * 8));
-    const int num_chunks = (w.num_panels + chunk - 1) / chunk;
-    space.team.share(num_blocks * num_chunks, 1, [&](int item, int) {
-        const int first_row = item / num_chunks * kRowBlock, first_panel = item % num_chunks * chunk;
-        const int count = std::min(kRowBlock, rows - first_row);
-        alignas(64) float tile[kRowBlock * kPanel];
-        for (int panel = first_panel; panel < std::min(first_panel + chunk, w.num_panels); ++panel) {
-            space.kernels->tile(w, panel, x, first_row, count, tile);
-            if (map.bias() != nullptr)
-                for (int r = 0; r < count; ++r)
-                    for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] += map.bias()[panel * kPanel + c];
-            finish(first_row, count, panel * kPanel, std::min(kPanel, w.num_outputs - panel * kPanel), tile);
-        }
-    });
-    space.team.barrier();
 }
 
 struct Layer {
@@ -175,16 +107,23 @@ public:
         step.keys = k_cache.data();
         step.values = v_cache.data();
         check(step, hidden, positions, query_starts, context_lens, block_tables, k_cache, v_cache);
-        sequence_of_row_.resize(step.rows);
-        for (size_t seq = 0; seq < context_lens.size(); ++seq)
-            for (int r = query_starts.data()[seq]; r < query_starts.data()[seq + 1]; ++r)
-                sequence_of_row_[r] = int(seq);
-        reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()));
+        tiles_.clear();
+        for (int seq = 0; seq < int(context_lens.size()); ++seq)
+            for (int r = query_starts.data()[seq], end = query_starts.data()[seq + 1]; r < end; r += kTileRows)
+                tiles_.push_back({r, std::min(kTileRows, end - r), seq});
+        reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()),
+                step.block_size);
         nb::gil_scoped_release release;
         space_.team.run([&](int thread) { run(step, thread); });
     }
 
 private:
+    // Consecutive tokens of one sequence that attend together.
+    struct Tile {
+        int first_row, num_rows, sequence;
+    };
+    static constexpr int kTileRows = 4;
+
     struct Step {
         int rows, table_width, block_size;
         float* hidden;
@@ -220,7 +159,7 @@ private:
         }
     }
 
-    void reserve(int rows, int longest) {
+    void reserve(int rows, int longest, int block_size) {
         const Shape& s = shape_;
         const int q_dim = s.num_heads * s.head_dim, kv_dim = s.num_kv_heads * s.head_dim;
         Workspace::grow(normed_, normed_size_, size_t(rows) * s.dim);
@@ -230,46 +169,27 @@ private:
         Workspace::grow(attended_, attended_size_, size_t(rows) * q_dim);
         Workspace::grow(gate_, gate_size_, size_t(rows) * s.ffn_dim);
         Workspace::grow(up_, up_size_, size_t(rows) * s.ffn_dim);
-        scores_stride_ = size_t(s.num_heads / s.num_kv_heads) * (longest + 8);
-        Workspace::grow(scores_, scores_size_, scores_stride_ * space_.team.size());
+        scores_stride_ = size_t(longest) + block_size + 8;
+        Workspace::grow(scores_, scores_size_, scores_stride_ * kTileRows * (s.num_heads / s.num_kv_heads) *
+                                                   space_.team.size());
         prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
     }
 
-    void norm_rows(const Step& step, const std::vector<float>& weight, float* out) {
-        space_.team.share(step.rows, 1, [&](int begin, int end) {
-            for (int r = begin; r < end; ++r)
+    // Rows of the hidden state, normed, as inputs of maps of one kind.
+    void prepare_normed(const Step& step, const std::vector<float>& weight, WeightKind kind) {
+        space_.prepare(kind, normed_.get(), step.rows, shape_.dim, prepared_, [&](int first, int count) {
+            for (int r = first; r < first + count; ++r)
                 space_.kernels->rms_norm(step.hidden + size_t(r) * shape_.dim, weight.data(), shape_.norm_eps,
-                                         shape_.dim, out + size_t(r) * shape_.dim);
+                                         shape_.dim, normed_.get() + size_t(r) * shape_.dim);
         });
-        space_.team.barrier();
-    }
-
-    // out (rows, num_outputs) = x times the map
-    void linear(const PackedLinear& map, const Activations& x, int rows, float* out) {
-        const int width = map.num_outputs();
-        for_tiles(space_, map, x, rows, [&](int first_row, int count, int column, int columns, const float* tile) {
-            for (int r = 0; r < count; ++r)
-                std::copy_n(tile + r * kPanel, columns, out + size_t(first_row + r) * width + column);
-        });
-    }
-
-    // hidden += x times the map
-    void linear_add(const Step& step, const PackedLinear& map, float* x) {
-        const Activations prepared = prepare_rows(space_, map.weights().kind, x, step.rows, map.num_inputs(), prepared_);
-        for_tiles(space_, map, prepared, step.rows,
-                  [&](int first_row, int count, int column, int columns, const float* tile) {
-                      for (int r = 0; r < count; ++r) {
-                          float* target = step.hidden + size_t(first_row + r) * shape_.dim + column;
-                          for (int c = 0; c < columns; ++c) target[c] += tile[r * kPanel + c];
-                      }
-                  });
     }
 
     void rotate_and_store(const Step& step, const Layer& layer, size_t cache_offset) {
         const Shape& s = shape_;
         const size_t run = size_t(step.block_size) * s.head_dim;
-        space_.team.share(step.rows, 1, [&](int begin, int end) {
-            for (int r = begin; r < end; ++r) {
+        space_.team.share(int(tiles_.size()), 1, [&](int item, int) {
+            const Tile& tile = tiles_[item];
+            for (int r = tile.first_row; r < tile.first_row + tile.num_rows; ++r) {
                 const int position = step.positions[r];
                 const float* cos = cos_.data() + size_t(position) * (s.head_dim / 2);
                 const float* sin = sin_.data() + size_t(position) * (s.head_dim / 2);
@@ -279,15 +199,16 @@ private:
                 };
                 for (int h = 0; h < s.num_heads; ++h)
                     turn(q_.get() + (size_t(r) * s.num_heads + h) * s.head_dim, layer.q_norm);
-                const int32_t* table = step.block_tables + size_t(sequence_of_row_[r]) * step.table_width;
+                const int32_t* table = step.block_tables + size_t(tile.sequence) * step.table_width;
                 const size_t block = table[position / step.block_size];
                 for (int h = 0; h < s.num_kv_heads; ++h) {
                     const size_t head = (size_t(r) * s.num_kv_heads + h) * s.head_dim;
                     turn(k_.get() + head, layer.k_norm);
-                    const size_t slot = cache_offset + (block * s.num_kv_heads + h) * run +
-                                        size_t(position % step.block_size) * s.head_dim;
-                    std::copy_n(k_.get() + head, s.head_dim, step.keys + slot);
-                    std::copy_n(v_.get() + head, s.head_dim, step.values + slot);
+                    const size_t offset = cache_offset + (block * s.num_kv_heads + h) * run;
+                    const size_t place = position % step.block_size;
+                    float* keys = step.keys + offset + place;
+                    for (int d = 0; d < s.head_dim; ++d) keys[size_t(d) * step.block_size] = k_[head + d];
+                    std::copy_n(v_.get() + head, s.head_dim, step.values + offset + place * s.head_dim);
                 }
             }
         });
@@ -296,49 +217,57 @@ private:
 
     void attend(const Step& step, size_t cache_offset, int thread) {
         const Shape& s = shape_;
-        const int group = s.num_heads / s.num_kv_heads;
-        const float scale = 1.0f / std::sqrt(float(s.head_dim));
+        const int group = s.num_heads / s.num_kv_heads, num_tiles = int(tiles_.size());
+        const size_t width = size_t(s.num_heads) * s.head_dim;
         const CacheView cache{step.keys + cache_offset, step.values + cache_offset, s.num_kv_heads,
                               step.block_size, s.head_dim};
-        float* scores = scores_.get() + scores_stride_ * thread;
-        space_.team.share(step.rows * s.num_kv_heads, 1, [&](int item, int) {
-            // Head by head, so that one head's keys and values stay in the second-level cache for all rows;
+        space_.team.share(num_tiles * s.num_kv_heads, 1, [&](int item, int) {
+            // Head by head, so that one head's keys and values stay in the second-level cache for all tiles;
             // long contexts first, so that no thread is left with one at the end.
-            const int h = item / step.rows, r = step.rows - 1 - item % step.rows;
-            const size_t at = (size_t(r) * s.num_heads + size_t(h) * group) * s.head_dim;
-            space_.kernels->attend(q_.get() + at, group, cache, h,
-                                   step.block_tables + size_t(sequence_of_row_[r]) * step.table_width,
-                                   step.positions[r] + 1, scale, scores, attended_.get() + at);
+            const int h = item / num_tiles;
+            const Tile& tile = tiles_[num_tiles - 1 - item % num_tiles];
+            const size_t at = size_t(tile.first_row) * width + size_t(h) * group * s.head_dim;
+            const QueryTile queries{q_.get() + at,
+                                    attended_.get() + at,
+                                    width,
+                                    tile.num_rows,
+                                    group,
+                                    step.positions[tile.first_row] + 1,
+                                    h,
+                                    step.block_tables + size_t(tile.sequence) * step.table_width,
+                                    scores_.get() + size_t(thread) * kTileRows * group * scores_stride_,
+                                    scores_stride_};
+            space_.kernels->attend(queries, cache, 1.0f / std::sqrt(float(s.head_dim)));
         });
         space_.team.barrier();
     }
 
     void run(const Step& step, int thread) {
+        const auto kind = [](const PackedLinear* map) { return map->weights().kind; };
+        const auto as_it_is = [](int, int) {};
+        const int width = shape_.num_heads * shape_.head_dim, ffn_dim = shape_.ffn_dim;
         for (size_t i = 0; i < layers_.size(); ++i) {
             const Layer& layer = layers_[i];
-            norm_rows(step, layer.attention_norm, normed_.get());
-            Activations x = prepare_rows(space_, layer.q->weights().kind, normed_.get(), step.rows, shape_.dim,
-                                         prepared_);
-            linear(*layer.q, x, step.rows, q_.get());
-            linear(*layer.k, x, step.rows, k_.get());
-            linear(*layer.v, x, step.rows, v_.get());
+            prepare_normed(step, layer.attention_norm, kind(layer.q));
+            multiply(space_, prepared_, step.rows, {{layer.q, q_.get()}, {layer.k, k_.get()}, {layer.v, v_.get()}});
             rotate_and_store(step, layer, i * step.cache_layer);
             attend(step, i * step.cache_layer, thread);
-            linear_add(step, *layer.o, attended_.get());
-            norm_rows(step, layer.ffn_norm, normed_.get());
-            x = prepare_rows(space_, layer.gate->weights().kind, normed_.get(), step.rows, shape_.dim, prepared_);
-            linear(*layer.gate, x, step.rows, gate_.get());
-            linear(*layer.up, x, step.rows, up_.get());
-            space_.team.share(step.rows, 1, [&](int begin, int end) {
-                for (int r = begin; r < end; ++r) {
-                    float* gate = gate_.get() + size_t(r) * shape_.ffn_dim;
-                    space_.kernels->silu_mul(gate, up_.get() + size_t(r) * shape_.ffn_dim, shape_.ffn_dim, gate);
-                }
+            space_.prepare(kind(layer.o), attended_.get(), step.rows, width, prepared_, as_it_is);
+            multiply(space_, prepared_, step.rows, {{layer.o, step.hidden, true}});
+            prepare_normed(step, layer.ffn_norm, kind(layer.gate));
+            multiply(space_, prepared_, step.rows, {{layer.gate, gate_.get()}, {layer.up, up_.get()}});
+            space_.prepare(kind(layer.down), gate_.get(), step.rows, ffn_dim, prepared_, [&](int first, int count) {
+                float* gate = gate_.get() + size_t(first) * ffn_dim;
+                space_.kernels->silu_mul(gate, up_.get() + size_t(first) * ffn_dim, count * ffn_dim, gate);
             });
-            space_.team.barrier();
-            linear_add(step, *layer.down, gate_.get());
+            multiply(space_, prepared_, step.rows, {{layer.down, step.hidden, true}});
         }
-        norm_rows(step, final_norm_, step.hidden);
+        space_.team.share(step.rows, kStrip, [&](int begin, int end) {
+            for (int r = begin; r < end; ++r) {
+                float* row = step.hidden + size_t(r) * shape_.dim;
+                space_.kernels->rms_norm(row, final_norm_.data(), shape_.norm_eps, shape_.dim, row);
+            }
+        });
     }
 
     Workspace& space_;
@@ -346,7 +275,7 @@ private:
     const std::vector<float> final_norm_, cos_, sin_;
     const int max_positions_;
     std::vector<Layer> layers_;
-    std::vector<int> sequence_of_row_;
+    std::vector<Tile> tiles_;
     Activations prepared_{};
     size_t scores_stride_ = 0;
     std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scores_;
@@ -364,16 +293,8 @@ void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix ou
     Activations target = space.prepared(rows, map.num_inputs());
     nb::gil_scoped_release release;
     space.team.run([&](int) {
-        // The kernels read plain activations only.
-        float* values = const_cast<float*>(x.data());
-        const Activations prepared =
-            prepare_rows(space, map.weights().kind, values, rows, map.num_inputs(), target);
-        for_tiles(space, map, prepared, rows,
-                  [&](int first_row, int count, int column, int columns, const float* tile) {
-                      for (int r = 0; r < count; ++r)
-                          std::copy_n(tile + r * kPanel, columns,
-                                      out.data() + size_t(first_row + r) * map.num_outputs() + column);
-                  });
+        space.prepare(map.weights().kind, x.data(), rows, map.num_inputs(), target, [](int, int) {});
+        multiply(space, target, rows, {{&map, out.data()}});
     });
 }
 

@@ -15,7 +15,10 @@
 #endif
 namespace scone {
 namespace avx2 {
-#include "decoder_kernels.inl"
+#include "vector_math.inl"
+#include "linear_kernels.inl"
+#include "row_kernels.inl"
+#include "attention_kernels.inl"
 }  // namespace avx2
 }  // namespace scone
 #if defined(__clang__)

@@ -11,7 +11,8 @@ namespace scone {
 
 constexpr int kPanel = 16;     // output columns per panel of packed weights
 constexpr int kGroup = 32;     // inputs that share a scale
-constexpr int kRowBlock = 64;  // rows per tile: their activations stay in the second-level cache
+constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
+constexpr int kRowBlock = 48;  // rows per tile: their activations stay in the second-level cache
 
 enum class WeightKind { f32, int8, int4 };
 
@@ -28,39 +29,51 @@ struct PackedWeights {
     const unsigned char* data;  // 64-byte aligned
 };
 
-// Rows of inputs in the form that a kind of weights wants; padded with zeros to whole groups.
-//   f32:  values (rows, num_inputs) float
-//   int8: values (rows, num_groups * 32) int16, scales (rows, num_groups)
-//   int4: values (rows, num_groups * 32) int8, scales and sums (rows, num_groups)
+// Rows of inputs in the form that a kind of weights wants, so that a tile is read front to back too. Rows
+// come in blocks of kRowBlock, the last one shorter; inputs are padded with zeros to whole groups.
+//   f32:  values [block][strip of 6 rows, the last one shorter][input][row] float
+//   int8: values [block][group][row][32] int16, scales [block][group][row]
+//   int4: values [block][group][row][32] int8, scales and sums [block][group][row]
 struct Activations {
     void* values;
     float* scales;
     float* sums;  // scale * sum of the group's values: what the minimum is multiplied by
 };
 
-// What attention needs of one layer's cache (num_blocks, num_kv_heads, block_size, head_dim).
+// What attention needs of one layer's cache: keys (num_blocks, num_kv_heads, head_dim, block_size), so that
+// one query meets eight keys at a time, and values (num_blocks, num_kv_heads, block_size, head_dim).
 struct CacheView {
     const float* keys;
     const float* values;
     int num_kv_heads, block_size, head_dim;
 };
 
+// Consecutive tokens of one sequence whose `group` query heads share one key head. Token i attends to the
+// first `context + i` tokens. Queries and results of a token are (group, head_dim) and `stride` floats
+// after those of the token before.
+struct QueryTile {
+    const float* q;
+    float* out;
+    size_t stride;
+    int num_tokens, group, context, kv_head;
+    const int32_t* block_table;
+    float* scores;  // scratch: num_tokens * group rows of `scores_stride`
+    size_t scores_stride;  // at least the longest context + 8, in whole blocks
+};
+
 struct DecoderKernels {
     const char* name;
-    // out (rows, 16) = activations [first_row, first_row + rows) times one panel; rows <= kRowBlock.
-    void (*tile)(const PackedWeights&, int panel, const Activations&, int first_row, int rows, float* out);
-    // One row (num_inputs,) float into row `row` of the activations.
-    void (*prepare)(WeightKind, const float* x, int num_inputs, int row, const Activations&);
+    // out (count, 16) = activations [first_row, first_row + count) times one panel; whole row blocks only.
+    void (*tile)(const PackedWeights&, int panel, const Activations&, int first_row, int count, float* out);
+    // The strip of x (num_rows, num_inputs) that begins at `first_row`, into the activations.
+    void (*prepare)(WeightKind, const float* x, int num_inputs, int num_rows, int first_row, const Activations&);
     // out = weight * x / rms(x); may be done in place.
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
     // out = silu(gate) * up
     void (*silu_mul)(const float* gate, const float* up, int n, float* out);
     // Rotates one head in place; cos and sin hold head_dim / 2 values.
     void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
-    // `group` query heads that share one key head attend to the first `context` tokens.
-    // q and out (group, head_dim); scores is scratch of group * (context + 8) floats.
-    void (*attend)(const float* q, int group, const CacheView&, int kv_head, const int32_t* block_table,
-                   int context, float scale, float* scores, float* out);
+    void (*attend)(const QueryTile&, const CacheView&, float scale);
 };
 
 // nullptr where the compiler or the processor has none.

@@ -3,7 +3,10 @@
 
 namespace scone {
 namespace portable {
-#include "decoder_kernels.inl"
+#include "vector_math.inl"
+#include "linear_kernels.inl"
+#include "row_kernels.inl"
+#include "attention_kernels.inl"
 }  // namespace portable
 
 const DecoderKernels* decoder_kernels_portable() {

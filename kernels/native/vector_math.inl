@@ -1,0 +1,108 @@
+// Vectors of 8 lanes, on which the decoder's inner loops are written once. Included by one file per
+// instruction set, which defines SCONE_AVX2 or not; without it the compiler maps the vectors to what the
+// target has.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int16_t i16x8 __attribute__((vector_size(16)));
+typedef int8_t i8x8 __attribute__((vector_size(8)));
+
+static inline f32x8 load(const float* p) {
+    f32x8 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float* p, f32x8 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+
+static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
+#ifdef SCONE_AVX2
+    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline f32x8 max8(f32x8 a, f32x8 b) { return a > b ? a : b; }
+
+// Lane i becomes lane i ^ kDistance.
+template <int kDistance, class Vector>
+static inline Vector swap_lanes(Vector v) {
+    constexpr int d = kDistance;
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
+#else
+    return __builtin_shuffle(v, i32x8{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d});
+#endif
+}
+
+static inline float sum8(f32x8 v) {
+    v = v + swap_lanes<4>(v);
+    v = v + swap_lanes<2>(v);
+    return v[0] + v[1];
+}
+
+static inline float max_of(f32x8 v) {
+    v = max8(v, swap_lanes<4>(v));
+    v = max8(v, swap_lanes<2>(v));
+    return v[0] > v[1] ? v[0] : v[1];
+}
+
+static inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+
+// e^x by range reduction and a degree-5 polynomial (the coefficients of Cephes' expf); relative error
+// below 2e-7, zero below -87.3; NaN stays NaN.
+static inline f32x8 exp8(f32x8 x) {
+    const f32x8 is_small = (f32x8)(x < splat(-87.3f));
+    const f32x8 bounded = x < splat(-87.3f) ? splat(-87.3f) : (x > splat(88.3f) ? splat(88.3f) : x);
+    const f32x8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const f32x8 n = (bounded * splat(1.44269504088896341f) + magic) - magic;
+    f32x8 r = fma8(n, splat(-0.693359375f), bounded);
+    r = fma8(n, splat(2.12194440e-4f), r);
+    f32x8 p = splat(1.9875691500e-4f);
+    p = fma8(p, r, splat(1.3981999507e-3f));
+    p = fma8(p, r, splat(8.3334519073e-3f));
+    p = fma8(p, r, splat(4.1665795894e-2f));
+    p = fma8(p, r, splat(1.6666665459e-1f));
+    p = fma8(p, r, splat(5.0000001201e-1f));
+    p = fma8(p, r * r, r + splat(1.0f));
+    const i32x8 exponent = __builtin_convertvector(n, i32x8);
+    const f32x8 power = (f32x8)((exponent + 127) << 23);
+    const f32x8 value = p * power;
+    return (f32x8)((i32x8)value & ~(i32x8)is_small);
+}
+
+static inline float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+    uint32_t bits;
+    if (rest >= 0x7c00u) {
+        bits = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+    } else if (rest >= 0x400u) {
+        bits = sign | ((rest << 13) + 0x38000000u);
+    } else {
+        float small = (float)rest * 5.9604644775390625e-8f;  // 2^-24
+        __builtin_memcpy(&bits, &small, 4);
+        bits |= sign;
+    }
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline f32x8 load_half(const unsigned char* p) {
+#ifdef SCONE_AVX2
+    return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    uint16_t h[8];
+    __builtin_memcpy(h, p, sizeof h);
+    f32x8 v;
+    for (int i = 0; i < 8; ++i) v[i] = half_to_float(h[i]);
+    return v;
+#endif
+}

@@ -1,0 +1,107 @@
+// What all native maps of one model share, and the products of prepared inputs with packed weights.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+
+#include "packed_linear.hpp"
+#include "thread_team.hpp"
+
+namespace scone {
+
+// Threads, kernels and scratch; one caller at a time.
+class Workspace {
+public:
+    Workspace(int num_threads, bool portable)
+        : team(num_threads),
+          kernels(portable || decoder_kernels_avx2() == nullptr ? decoder_kernels_portable()
+                                                                : decoder_kernels_avx2()) {}
+
+    // Room for `rows` rows of `width` inputs prepared for weights of any kind.
+    Activations prepared(int rows, int width) {
+        const size_t num_groups = size_t(width + kGroup - 1) / kGroup;
+        grow(values_, values_size_, rows * num_groups * kGroup * sizeof(float));
+        grow(scales_, scales_size_, rows * num_groups);
+        grow(sums_, sums_size_, rows * num_groups);
+        return {values_.get(), scales_.get(), sums_.get()};
+    }
+
+    template <class T>
+    static void grow(std::unique_ptr<T[], AlignedFree>& array, size_t& size, size_t wanted) {
+        if (wanted > size) {
+            array = aligned_array<T>(wanted);
+            size = wanted;
+        }
+    }
+
+    // Runs body(first_row, count) for each strip of rows; then x (rows, width) is prepared in `target`.
+    // Called by all threads of the team.
+    template <class Body>
+    void prepare(WeightKind kind, const float* x, int rows, int width, const Activations& target, const Body& body) {
+        team.share((rows + kStrip - 1) / kStrip, 1, [&](int strip, int) {
+            const int first = strip * kStrip;
+            body(first, std::min(kStrip, rows - first));
+            kernels->prepare(kind, x, width, rows, first, target);
+        });
+        team.barrier();
+    }
+
+    ThreadTeam team;
+    const DecoderKernels* kernels;
+
+private:
+    std::unique_ptr<char[], AlignedFree> values_;
+    std::unique_ptr<float[], AlignedFree> scales_, sums_;
+    size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;
+};
+
+// out (rows, num_outputs) = x times the map, or += where `add` is set.
+struct Product {
+    const PackedLinear* map;
+    float* out;
+    bool add = false;
+
+    // Tile (count, 16) of the panel into place; changes the tile.
+    void finish(float* tile, int panel, int first_row, int count) const {
+        const int first = panel * kPanel, columns = std::min(kPanel, map->num_outputs() - first);
+        if (map->bias() != nullptr)
+            for (int r = 0; r < count; ++r)
+                for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] += map->bias()[first + c];
+        for (int r = 0; r < count; ++r, tile += kPanel) {
+            float* target = out + size_t(first_row + r) * map->num_outputs() + first;
+            if (add)
+                for (int c = 0; c < columns; ++c) tile[c] += target[c];
+            if (columns == kPanel)
+                std::copy_n(tile, kPanel, target);
+            else
+                std::copy_n(tile, columns, target);
+        }
+    }
+};
+
+// The products of the same prepared inputs with several maps of one kind. Called by all threads of the team.
+inline void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<Product> products) {
+    int num_panels = 0;
+    for (const Product& product : products) num_panels += product.map->weights().num_panels;
+    const int num_blocks = (rows + kRowBlock - 1) / kRowBlock;
+    const int chunk = std::max(1, num_panels / (space.team.size() * 8));
+    const int num_chunks = (num_panels + chunk - 1) / chunk;
+    space.team.share(num_blocks * num_chunks, 1, [&](int item, int) {
+        const int first_row = item / num_chunks * kRowBlock, begin = item % num_chunks * chunk;
+        const int count = std::min(kRowBlock, rows - first_row), end = std::min(begin + chunk, num_panels);
+        alignas(64) float tile[kRowBlock * kPanel];
+        int first = 0;  // panel of the first product's map
+        for (const Product& product : products) {
+            const PackedWeights& w = product.map->weights();
+            for (int panel = std::max(begin - first, 0); panel < std::min(end - first, w.num_panels); ++panel) {
+                space.kernels->tile(w, panel, x, first_row, count, tile);
+                product.finish(tile, panel, first_row, count);
+            }
+            first += w.num_panels;
+        }
+    });
+    space.team.barrier();
+}
+
+}  // namespace scone
