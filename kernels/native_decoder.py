@@ -46,6 +46,7 @@ class NativeDecoder:
     ) -> None:
         """cos and sin (positions, head_dim / 2): the rotation of each position that may occur."""
         assert native is not None, "needs the native extension"
+        self._num_layers = len(layers)
         down = layers[0].maps[-1]
         self._native: Any = native.NativeDecoder(
             workspace.native,
@@ -69,12 +70,19 @@ class NativeDecoder:
             )
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        batch: PagedBatch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_layers: int | None = None,
     ) -> Tensor:
         """Turns embeddings (num_tokens, dim) float32 into hidden states, in place; stores keys and values.
 
         positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
         A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
+        Stops after `num_layers`, before the final norm, if that is less than all.
         """
         self._native.forward(
             embeddings,
@@ -84,5 +92,6 @@ class NativeDecoder:
             batch.block_tables,
             k_cache,
             v_cache,
+            self._num_layers if num_layers is None else num_layers,
         )
         return embeddings

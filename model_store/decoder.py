@@ -164,12 +164,19 @@ class Decoder(nn.Module):
         """Token embeddings (..., dim) of input_ids (...,)."""
         return cast(Tensor, self.embed_tokens(input_ids))
 
-    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states (..., dim) after the final norm; positions (...,) are absolute."""
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, attend: Attend, num_layers: int | None = None
+    ) -> Tensor:
+        """Hidden states (..., dim) after the final norm; positions (...,) are absolute.
+
+        Stops after `num_layers`, before the final norm, if that is less than all.
+        """
         rope = self.rope(positions)
         hidden = embeddings
-        for layer_id, block in enumerate(self.layers):
+        for layer_id, block in enumerate(self.layers[:num_layers]):
             hidden = block(hidden, rope, layer_id, attend)
+        if num_layers not in (None, self.config.num_layers):
+            return hidden
         return cast(Tensor, self.norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:

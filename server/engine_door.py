@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from scone.server.sequence import Delta, GenerationRequest
+
+if TYPE_CHECKING:
+    from scone.cache.fgram_table import FGramTable
 
 OnDelta = Callable[[Delta], None]
 
@@ -29,6 +32,7 @@ class EngineDoor(Protocol):
     """What the API needs of the engine; all of it may be called from any thread."""
 
     def submit_batch(self, batch: Sequence[tuple[GenerationRequest, OnDelta]]) -> None: ...
+    def swap_table(self, table: FGramTable | None, on_retired: Callable[[], None]) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def is_queued(self, request_id: str) -> bool: ...
     def is_alive(self) -> bool: ...

@@ -65,6 +65,8 @@ class ModelLoader:
             tokenizer=tokenizer,
             table=table,
             max_model_len=config.max_model_len,
+            dim=checkpoint.config.dim,
+            num_layers=checkpoint.config.num_layers,
         )
 
     @contextmanager

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "model_loading", "shutting_down", "queue_timeout")
+RELOAD_RESULTS = ("switched", "unchanged", "refused")
 # From below a millisecond: small models are that fast.
 TOKEN_SECONDS = (
     0.0005,
@@ -136,6 +137,9 @@ class ServerMetrics:
         self._fgram_wait = histogram(
             "fgram_wait_seconds", "How long a sequence could have run but for its rows.", WAIT_SECONDS
         )
+        self.table_reloads = counter("table_reloads", "Reloads of the table, by result.", "result")
+        for result in RELOAD_RESULTS:
+            self.table_reloads.labels(result)
         self.startup_seconds = gauge("startup_seconds", "Duration of each phase of the start.", "phase")
 
     # -- the engine's observer; called on the engine thread --------------------------------------

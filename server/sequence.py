@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -47,14 +50,32 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """One vector instead of a continuation.
+
+    Attributes:
+        kind: the mean of all positions' hidden states, or the last position's.
+        layer: states after so many layers, 0 being the input embeddings with f-gram rows in place; None:
+            after all of them and the final norm, as the head gets them.
+    """
+
+    kind: Literal["mean", "last"] = "mean"
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt, already tokenised and checked against the vocabulary and the context length."""
+    """One prompt, already tokenised and checked against the vocabulary and the context length.
+
+    With `pooling`, `sampling` must be that of no tokens (`max_tokens=0`) and `n` 1.
+    """
 
     request_id: str
     input_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     cache_salt: str | None = None
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +105,8 @@ class Delta:
     """What one step added to sequence `index` of a request; the last one has a finish reason.
 
     `text` never holds half a character nor any part of a stop string; `token_ids` may therefore run
-    ahead of `text`. Concatenated, the texts of all deltas are the completion.
+    ahead of `text`. Concatenated, the texts of all deltas are the completion. `embedding` (dim,)
+    float32 comes with the last delta of a request with `pooling`.
     """
 
     index: int
@@ -95,4 +117,5 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: RequestUsage | None = None
+    embedding: NDArray[np.float32] | None = None
     error: str | None = None

@@ -9,7 +9,16 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from scone.server.api import chat_completions, completions, health, metrics_page, models, tables, tokenization
+from scone.server.api import (
+    chat_completions,
+    completions,
+    embeddings,
+    health,
+    metrics_page,
+    models,
+    tables,
+    tokenization,
+)
 from scone.server.api.body_limit import BodyLimitMiddleware
 from scone.server.api.errors import ErrorBody, ErrorMiddleware, add_error_handlers
 from scone.server.api.keys import KeyMiddleware
@@ -44,7 +53,16 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     add_error_handlers(app)
-    for routes in (completions, chat_completions, models, tables, tokenization, health, metrics_page):
+    for routes in (
+        completions,
+        chat_completions,
+        embeddings,
+        models,
+        tables,
+        tokenization,
+        health,
+        metrics_page,
+    ):
         app.include_router(routes.router)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app

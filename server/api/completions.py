@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
@@ -17,7 +17,7 @@ from scone.server.api.completion_schema import CompletionRequest, CompletionResp
 from scone.server.api.errors import error_responses
 from scone.server.api.generation import Generation, PromptDelta
 from scone.server.api.json_body import JsonRoute
-from scone.server.api.prompt_tokens import fit_max_tokens, prompt_token_ids
+from scone.server.api.prompt_tokens import fit_max_tokens, prompt_token_ids, split_prompts
 from scone.server.api.respond import respond
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.errors import InvalidRequestError
@@ -39,13 +39,13 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state: ServerState = request.app.state.server
     model = state.model_named(body.model)
     state.warn_unknown(body.refuse_unsupported())
-    _check_combinations(body, state)
+    _check_combinations(body)
     completion = _Completion(state, model, body)
     await completion.admit(request.state.request_id)
     return await respond(request, completion.generation, completion, stream=body.stream)
 
 
-def _check_combinations(body: CompletionRequest, state: ServerState) -> None:
+def _check_combinations(body: CompletionRequest) -> None:
     if body.best_of not in (None, body.n):
         raise InvalidRequestError(
             f"best_of is {body.best_of}, wanted n ({body.n}) or nothing: hidden answers are not made here.",
@@ -61,19 +61,6 @@ def _check_combinations(body: CompletionRequest, state: ServerState) -> None:
             f"min_tokens is {body.min_tokens}, wanted at most max_tokens ({body.max_tokens}).",
             param="min_tokens",
         )
-    num_prompts = len(_split(body))
-    if num_prompts > state.config.max_prompts:
-        raise InvalidRequestError(
-            f"prompt holds {num_prompts} prompts, wanted at most {state.config.max_prompts} (max_prompts).",
-            param="prompt",
-        )
-
-
-def _split(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts of all four forms."""
-    if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
-        return [body.prompt]
-    return cast("list[str | list[int]]", body.prompt)
 
 
 class _Completion:
@@ -90,7 +77,8 @@ class _Completion:
 
     async def admit(self, request_id: str) -> None:
         """Tokenises and submits; raises InvalidRequestError and UnavailableError."""
-        requests = [await self._request(i, prompt) for i, prompt in enumerate(_split(self._body))]
+        prompts = split_prompts(self._body.prompt, self._state.config.max_prompts, "prompt")
+        requests = [await self._request(i, prompt) for i, prompt in enumerate(prompts)]
         self.generation = Generation(self._state, self._model, requests, request_id)
         self.generation.start()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from anyio import to_thread
 
@@ -10,10 +10,22 @@ from scone.server.api.sampling_fields import check_token_ids
 from scone.server.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from scone.server.api.completion_schema import Prompt
     from scone.server.api.state import ServedModel
 
 INLINE_CHARS = 8192
 """Texts up to here are tokenised in a few milliseconds; a thread's round trip is not worth it."""
+
+
+def split_prompts(prompt: Prompt, max_prompts: int, param: str) -> list[str | list[int]]:
+    """The prompts of all four forms, one by one; raises InvalidRequestError if they are too many."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    if len(prompt) > max_prompts:
+        raise InvalidRequestError(
+            f"{param} holds {len(prompt)} prompts, wanted at most {max_prompts} (max_prompts).", param=param
+        )
+    return cast("list[str | list[int]]", prompt)
 
 
 async def encode(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
@@ -50,9 +62,10 @@ def fit_max_tokens(model: ServedModel, num_prompt_tokens: int, max_tokens: int |
     """
     left = model.max_model_len - num_prompt_tokens
     if left < (0 if max_tokens == 0 else 1):
+        needed = "" if max_tokens == 0 else "; at least one must be left for the answer"
         raise InvalidRequestError(
             f"This model's maximum context length is {model.max_model_len} tokens, and {param} has "
-            f"{num_prompt_tokens}; at least one must be left for the answer.",
+            f"{num_prompt_tokens}{needed}.",
             param=param,
             code="context_length_exceeded",
         )

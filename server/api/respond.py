@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -26,16 +26,25 @@ class Answer(Protocol):
 
 async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
     """The response to a started generation, which is aborted if the client goes or anything fails."""
+    if not stream:
+        return await respond_whole(request, generation, answer.whole)
     try:
-        if stream:
-            return await _stream(request, generation, answer)
+        return await _stream(request, generation, answer)
+    except ClientDisconnectedError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it
+
+
+async def respond_whole(
+    request: Request, generation: Generation, whole: Callable[[Sequence[PromptDelta]], bytes]
+) -> Response:
+    """The response that is made of all deltas at once."""
+    try:
         deltas = await until_disconnect(request.receive, _all_deltas(generation))
-        return Response(answer.whole(deltas), media_type="application/json")
+        return Response(whole(deltas), media_type="application/json")
     except ClientDisconnectedError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it
     finally:
-        if not stream:
-            generation.close()
+        generation.close()
 
 
 async def _all_deltas(generation: Generation) -> list[PromptDelta]:

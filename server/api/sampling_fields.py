@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -110,15 +111,7 @@ class SamplingFields(JsonModel):
 
     def refuse_unsupported(self) -> list[str]:
         """Names of unknown fields, for a warning; raises InvalidRequestError for known ones not done here."""
-        unknown = []
-        for name, value in (self.model_extra or {}).items():
-            if name not in UNSUPPORTED:
-                unknown.append(name)
-            elif value is not None and not any(value == v for v in UNSUPPORTED[name]):
-                raise InvalidRequestError(
-                    f"This server does not support {name}.", param=name, code="unsupported_parameter"
-                )
-        return unknown
+        return unknown_fields(self.model_extra or {}, UNSUPPORTED)
 
     def sampling_params(
         self, vocab_size: int, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
@@ -151,6 +144,19 @@ class SamplingFields(JsonModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+def unknown_fields(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Names not in `unsupported`; raises InvalidRequestError for those in it that ask for something."""
+    unknown = []
+    for name, value in extra.items():
+        if name not in unsupported:
+            unknown.append(name)
+        elif value is not None and not any(value == v for v in unsupported[name]):
+            raise InvalidRequestError(
+                f"This server does not support {name}.", param=name, code="unsupported_parameter"
+            )
+    return unknown
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:

@@ -11,6 +11,7 @@ Phases:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable
@@ -36,13 +37,15 @@ Phase = Literal["loading", "ready", "leaving", "draining", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """The model that answers."""
+    """The model that answers; `dim` is the size of its hidden states."""
 
     name: str
     engine: EngineDoor
     tokenizer: Tokenizer
     table: ServedTable | None
     max_model_len: int
+    dim: int
+    num_layers: int
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -54,6 +57,7 @@ class ServerState:
         self.metrics = metrics
         self.phase: Phase = "loading"
         self.in_flight: set[Generation] = set()
+        self.reloading = asyncio.Lock()
         self._model: ServedModel | None = None
         self._warned: set[str] = set()
 

@@ -11,7 +11,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from scone.server.engine.input_rows import InputRows
 from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import EngineObserver, StepStats
+from scone.server.engine.pooling import Pooler
 from scone.server.engine.prefix_cache import root_hash
 from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
@@ -78,7 +81,8 @@ class EngineCore:
         if request.sampling.prompt_logprobs is not None:
             run.prompt_logprobs = [None] * len(request.input_ids)
         root = b""
-        if self.config.enable_prefix_caching:
+        # Blocks of a shallow forward pass hold only some layers' keys and values: they get no name.
+        if self.config.enable_prefix_caching and run.num_layers is None:
             table_id = "" if run.input_rows is None else run.input_rows.table_id
             root = root_hash(self._model_hash, self._tokenizer.hash, table_id, request.cache_salt)
         seq = scheduler.Sequence(
@@ -86,7 +90,7 @@ class EngineCore:
             index=0,
             token_ids=list(request.input_ids),
             root_hash=root,
-            reuse_prefix=run.prompt_logprobs is None,
+            reuse_prefix=not run.needs_all_positions,
         )
         generation = self._begin(run, seq)
         scheduler.add(self.state, seq)
@@ -224,8 +228,8 @@ class EngineCore:
         chunks, embeddings = self._embed(chunks)
         if not chunks:
             return
-        hidden = self._runner.forward(chunks, embeddings)
-        parts = torch.split(hidden, [c.num_tokens for c in chunks])
+        depths = [self._generations[c.seq].run.num_layers for c in chunks]
+        parts = self._runner.forward_each(chunks, embeddings, depths)
         sampling: list[tuple[Generation, Tensor]] = []
         for chunk, part in zip(chunks, parts, strict=True):
             generation = self._generations[chunk.seq]
@@ -235,9 +239,22 @@ class EngineCore:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if generation.needs_prompt_logits:
                 self._score_prompt(generation, chunk, part)
-            if chunk.reaches_end:
+            if generation.run.pooler is not None:
+                self._pool(generation, generation.run.pooler, chunk, part)
+            elif chunk.reaches_end:
                 sampling += [(g, part[-1]) for g in self._fork(generation)]
         self._sample(sampling)
+
+    def _pool(self, generation: Generation, pooler: Pooler, chunk: Chunk, hidden: Tensor) -> None:
+        pooler.add(chunk.start, hidden)
+        if not chunk.reaches_end:
+            return
+        embedding = pooler.result()
+        if not np.isfinite(embedding).all():
+            self._fail(generation, "the model's output is not finite", forget=True)
+            return
+        self._close(generation)
+        self._finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
 
     def _score_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
         """Fills in the log-probabilities of prompt tokens that follow the chunk's positions."""

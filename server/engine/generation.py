@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.pooling import Pooler
 from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.sequence import Delta, FinishReason, GenerationRequest, RequestUsage, TokenLogprob
 
@@ -23,6 +24,7 @@ class RequestRun:
         input_rows: the table generation it began with and keeps; None without a table.
         prompt_logprobs: by prompt position, filled while the prompt is computed; None if not wanted.
         generations: the sequences that have begun; the first one computes the prompt for all `n`.
+        pooler: makes the one vector of a request with `pooling`, else None.
         num_open: sequences that have not had their last delta.
         num_counted_tokens: prompt tokens that the observer has been told of.
     """
@@ -35,11 +37,25 @@ class RequestRun:
     started_at: float | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     generations: list[Generation] = field(default_factory=list)
+    pooler: Pooler | None = None
     num_open: int = 0
     num_counted_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.num_open = self.request.n
+        if self.request.pooling is not None:
+            self.pooler = Pooler(self.request.pooling)
+
+    @property
+    def num_layers(self) -> int | None:
+        """How deep the request's forward pass goes; None is all the way."""
+        return None if self.request.pooling is None else self.request.pooling.layer
+
+    @property
+    def needs_all_positions(self) -> bool:
+        """Whether the states of the whole prompt are wanted, so that none may come from the cache."""
+        pooling = self.request.pooling
+        return self.prompt_logprobs is not None or (pooling is not None and pooling.kind == "mean")
 
     @property
     def is_over(self) -> bool:

@@ -29,7 +29,13 @@ class Forward(Protocol):
 
     def embed(self, input_ids: Tensor) -> Tensor: ...
     def forward(
-        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        batch: PagedBatch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_layers: int | None = None,
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
@@ -80,8 +86,11 @@ class ModelRunner:
         input_ids = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
         return self._forward.embed(torch.tensor(input_ids, device=self.device))
 
-    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor) -> Tensor:
-        """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`."""
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
+        """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`.
+
+        Those after `num_layers`, as they are; after all layers, normalised.
+        """
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
         return self._forward.forward(
             embeddings,
@@ -89,7 +98,24 @@ class ModelRunner:
             self._paged_batch(chunks),
             self._k_cache,
             self._v_cache,
+            num_layers,
         )
+
+    def forward_each(
+        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Hidden states (num_tokens, dim) of each chunk, after so many layers: one pass for equal depths."""
+        sizes = [c.num_tokens for c in chunks]
+        if len(set(depths)) == 1:
+            return list(torch.split(self.forward(chunks, embeddings, depths[0]), sizes))
+        parts = list(torch.split(embeddings, sizes))
+        for depth in set(depths):
+            places = [i for i, d in enumerate(depths) if d == depth]
+            group = torch.cat([parts[i] for i in places])
+            hidden = self.forward([chunks[i] for i in places], group, depth)
+            for i, part in zip(places, torch.split(hidden, [sizes[i] for i in places]), strict=True):
+                parts[i] = part
+        return parts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

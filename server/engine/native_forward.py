@@ -68,10 +68,16 @@ class NativeForward:
         return self._embed_tokens(input_ids).float()  # type: ignore[no-any-return]
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        batch: PagedBatch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_layers: int | None = None,
     ) -> Tensor:
-        """Hidden states (num_tokens, dim), in the memory of the embeddings."""
-        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache)
+        """Hidden states (num_tokens, dim), in the memory of the embeddings; as `TorchForward.forward`."""
+        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

@@ -27,15 +27,21 @@ class TorchForward:
         return self._decoder.embed(input_ids)
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, batch: PagedBatch, k_cache: Tensor, v_cache: Tensor
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        batch: PagedBatch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_layers: int | None = None,
     ) -> Tensor:
-        """Hidden states (num_tokens, dim)."""
+        """Hidden states (num_tokens, dim), normalised unless `num_layers` is less than all."""
 
         def attend(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             write_kv(k, v, k_cache[layer_id], v_cache[layer_id], batch.slots)
             return paged_attention_reference(q, k_cache[layer_id], v_cache[layer_id], batch, self._scale)
 
-        return cast(Tensor, self._decoder(embeddings, positions, attend))
+        return cast(Tensor, self._decoder(embeddings, positions, attend, num_layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

@@ -21,6 +21,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from scone.cache.fgram_table import FGramTable
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.tokenizer import Tokenizer
@@ -101,6 +102,9 @@ class ScriptedEngine:
             self.requests.append(request)
             for index in range(request.n):
                 threading.Thread(target=self._run, args=(request, index, on_delta), daemon=True).start()
+
+    def swap_table(self, table: FGramTable | None, on_retired: Callable[[], None]) -> None:
+        raise AssertionError("this engine has no table")
 
     def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
@@ -261,26 +265,31 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
 
     @contextmanager
     def run(
-        engine_config: EngineConfig | None = None, step_seconds: float = 0.0, **config: Any
+        engine_config: EngineConfig | None = None,
+        step_seconds: float = 0.0,
+        table: ServedTable = served_table,
+        **config: Any,
     ) -> Iterator[LiveServer]:
         metrics = PacedMetrics(step_seconds)
         engine = Engine(
             engine_config or EngineConfig(max_model_len=256, kv_cache_bytes=1 << 23),
             tiny_decoder,
             tokenizer,
-            served_table.table,
+            table.table,
             "tiny",
             observer=metrics,
         )
         engine.start()
         metrics.watch_engine(engine.stats)
-        metrics.watch_table(TableCollector(served_table))
+        metrics.watch_table(TableCollector(table))
         model = ServedModel(
             name="tiny",
             engine=engine,
             tokenizer=tokenizer,
-            table=served_table,
+            table=table,
             max_model_len=engine.config.max_model_len,
+            dim=tiny_decoder.config.dim,
+            num_layers=tiny_decoder.config.num_layers,
         )
         try:
             with serve(model, metrics, **config) as server:
@@ -305,7 +314,9 @@ def scripted(tokenizer: Tokenizer) -> ScriptedEngine:
 
 @pytest.fixture
 def scripted_model(scripted: ScriptedEngine, tokenizer: Tokenizer) -> ServedModel:
-    return ServedModel(name="tiny", engine=scripted, tokenizer=tokenizer, table=None, max_model_len=512)
+    return ServedModel(
+        name="tiny", engine=scripted, tokenizer=tokenizer, table=None, max_model_len=512, dim=64, num_layers=3
+    )
 
 
 @pytest.fixture

@@ -99,7 +99,9 @@ def test_bad_field(server: Any, fields: dict[str, Any], param: str) -> None:
 
 def test_base_model_says_so(serve: Any, scripted: Any, tokenizer: Any) -> None:
     base = with_template(tokenizer, None)
-    model = ServedModel(name="base", engine=scripted, tokenizer=base, table=None, max_model_len=256)
+    model = ServedModel(
+        name="base", engine=scripted, tokenizer=base, table=None, max_model_len=256, dim=64, num_layers=3
+    )
     with serve(model) as server:
         response = server.post("/v1/chat/completions", messages=HELLO)
     assert response.status_code == 400

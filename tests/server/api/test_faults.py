@@ -14,18 +14,18 @@ import pytest
 from scone.server.engine.engine_config import EngineConfig
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
 
 
-def raw_post(body: dict[str, Any]) -> bytes:
-    """A completion request as bytes, for connections that are closed before the answer."""
+def raw_post(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
+    """A request as bytes, for connections that are closed before the answer."""
     content = json.dumps(body).encode()
     head = (
-        "POST /v1/completions HTTP/1.1",
+        f"POST {path} HTTP/1.1",
         "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",

@@ -24,7 +24,7 @@ from scone.server.engine.input_rows import InputRows
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
-from scone.server.sequence import Delta, GenerationRequest, SamplingParams
+from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
 
 TINY = ModelConfig(
     architecture="llama",
@@ -211,7 +211,7 @@ class LateRunner(ModelRunner):
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._late(super().embed(chunks))
 
-    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
         hidden = torch.full_like(embeddings, torch.nan)
         # what the host prepares is as of now
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
@@ -219,7 +219,12 @@ class LateRunner(ModelRunner):
 
         def run() -> None:
             states = self._forward.forward(
-                embeddings, torch.tensor(positions, dtype=torch.int32), batch, self._k_cache, self._v_cache
+                embeddings,
+                torch.tensor(positions, dtype=torch.int32),
+                batch,
+                self._k_cache,
+                self._v_cache,
+                num_layers,
             )
             hidden.copy_(states)
 
@@ -259,13 +264,21 @@ class World:
         self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 
-    def add(self, input_ids: Sequence[int], n: int = 1, salt: str | None = None, **params: Any) -> Outcome:
+    def add(
+        self,
+        input_ids: Sequence[int],
+        n: int = 1,
+        salt: str | None = None,
+        pooling: PoolingParams | None = None,
+        **params: Any,
+    ) -> Outcome:
         outcome = Outcome()
         request = GenerationRequest(
             request_id=str(len(self.runs)),
             input_ids=tuple(input_ids),
             n=n,
             cache_salt=salt,
+            pooling=pooling,
             sampling=SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **params}),
         )
         run = RequestRun(request, outcome, len(self.runs), 0.0, self.input_rows)
