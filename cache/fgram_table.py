@@ -56,9 +56,15 @@ class FGramTable:
             rows = table.rows(row_ids)
     """
 
-    def __init__(self, files: TableFiles, disk: RowReader, ram: RamRows | None = None) -> None:
+    def __init__(
+        self,
+        files: TableFiles,
+        disk: RowReader,
+        ram: RamRows | None = None,
+        stats: TableStats | None = None,
+    ) -> None:
         """Use `open`."""
-        self.stats = TableStats()
+        self.stats = stats or TableStats()
         self._files = files
         self._disk = disk
         self._ram = ram
@@ -66,10 +72,16 @@ class FGramTable:
         self._row_bytes = files.manifest.row_bytes
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: TableConfig | None = None) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: TableConfig | None = None,
+        stats: TableStats | None = None,
+    ) -> Self:
         """Opens the table in directory `path`, reading no more than its headers.
 
-        A RAM tier fills in the background; the table serves meanwhile.
+        A RAM tier fills in the background; the table serves meanwhile. `stats` are the counters of an
+        earlier generation, if those are to go on.
 
         Raises:
             TableError: the table is missing, incomplete, truncated, or damaged where it was looked at.
@@ -83,7 +95,8 @@ class FGramTable:
         else:
             disk = MappedReader(files, config.num_threads)
         num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
-        return cls(files, disk, RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None)
+        ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
+        return cls(files, disk, ram, stats)
 
     @property
     def manifest(self) -> TableManifest:

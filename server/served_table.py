@@ -1,63 +1,59 @@
-"""The f-gram table that the server answers with, and what /v1/tables and /v1/fgrams/match say of it."""
+"""The f-gram table that the server answers with: a path, and the generation found there that is in use.
+
+Tables are never changed in place. A new generation takes the old one's place on disk: either the path is a
+symbolic link and is pointed at another folder, or the folder itself is exchanged by renaming. Both leave the
+files of the old generation as they are for whoever has them open.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
 from scone.cache import FGramTable, TableConfig
-from scone.model_store.table_writer import FGRAMS_NAME
-
-
-@dataclass(frozen=True, slots=True)
-class TokenMatch:
-    """What the model sees for one token; row_id is -1 where that is the token's own embedding."""
-
-    matched_len: int
-    row_id: int
-    count: int | None
-    tier: str | None
+from scone.model_store.errors import TableError
+from scone.server.table_generation import TableGeneration, file_identity
 
 
 class ServedTable:
-    """One generation of the table; `close` it when no request uses it any more.
+    """`open_newest` may be called on any thread, one at a time; the rest is for one thread."""
 
-    Attributes:
-        generation: 1 for the table the server started with.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], config: TableConfig | None = None, *, generation: int = 1
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], config: TableConfig | None = None) -> None:
         """Opens the table; raises TableError."""
-        self.path = Path(path)
-        self.name = self.path.resolve().name
-        self.generation = generation
-        self.table = FGramTable.open(path, config)
+        self._path = Path(path)
+        self._config = config
+        self.current = TableGeneration(self._path.resolve(), 1, config)
 
-    def explain(self, input_ids: Sequence[int]) -> list[TokenMatch]:
-        """What each token of a sequence matches, with corpus counts. Reads the disk; raises RowReadError."""
-        row_ids, matched_len = self.table.match(input_ids)
-        tiers = self.table.tier_of(row_ids).tolist()
-        counts = self._counts(sorted(set(row_ids[row_ids >= 0].tolist())))
-        return [
-            TokenMatch(n, row_id, counts.get(row_id), tier or None)
-            for n, row_id, tier in zip(matched_len.tolist(), row_ids.tolist(), tiers, strict=True)
-        ]
+    @property
+    def name(self) -> str:
+        """Of the folder that the path leads to."""
+        return self.current.folder.name
 
-    def check_readable(self) -> None:
-        """Reads one row; raises RowReadError."""
-        self.table.rows([0])
+    @property
+    def table(self) -> FGramTable:
+        return self.current.table
+
+    def open_newest(self) -> TableGeneration | None:
+        """What lies under the path now; None if that is in use already.
+
+        Raises TableError if it cannot be opened, or belongs to another model or tokenizer.
+        """
+        folder, now = self._path.resolve(), self.current
+        if file_identity(folder) == now.identity:
+            return None
+        # The same counters go on: what is counted is the server's, and must not fall.
+        newest = TableGeneration(folder, now.number + 1, self._config, now.table.stats)
+        try:
+            newest.table.check_model(now.table.manifest.model_hash, now.table.manifest.tokenizer_hash)
+        except TableError:
+            newest.close()
+            raise
+        return newest
+
+    def switch(self, newest: TableGeneration) -> TableGeneration:
+        """Puts `newest` to use; returns the former generation, to be closed once no request uses it."""
+        former, self.current = self.current, newest
+        return former
 
     def close(self) -> None:
-        self.table.close()
-
-    def _counts(self, row_ids: Sequence[int]) -> dict[int, int]:
-        """Corpus counts by row id, read one by one: a large set's counts do not fit into memory."""
-        with safe_open(self.path / FGRAMS_NAME, framework="numpy") as fgrams:
-            counts = fgrams.get_slice("counts")
-            return {row_id: int(counts[row_id : row_id + 1][0]) for row_id in row_ids}
+        self.current.close()

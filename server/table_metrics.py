@@ -72,7 +72,7 @@ class TableCollector(Collector):
         table, manifest = self._served.table, self._served.table.manifest
         info = {
             "name": self._served.name,
-            "generation": str(self._served.generation),
+            "generation": str(self._served.current.number),
             "table_id": manifest.table_id,
             "codec": manifest.codec,
             "backend": manifest.backend,
@@ -102,7 +102,7 @@ class TableCollector(Collector):
         now = time.monotonic()
         if now - self._resident_at > RESIDENT_INTERVAL_SECONDS:
             self._resident_at = now
-            self._resident_bytes = resident_bytes(self._served.path, self._proc)
+            self._resident_bytes = resident_bytes(self._served.current.folder, self._proc)
         return self._resident_bytes
 
 

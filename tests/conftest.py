@@ -94,7 +94,7 @@ def write_table() -> Callable[..., Path]:
 
     def write(out: Path, fgrams: FGramSet, *, dim: int = 64, dtype: str = "bfloat16", **options: Any) -> Path:
         hashes: dict[str, Any] = {"model_hash": MODEL_HASH, "tokenizer_hash": TOKENIZER_HASH}
-        writer = TableWriter.create(out, fgrams, dim=dim, dtype=dtype, **hashes, **options)
+        writer = TableWriter.create(out, fgrams, dim=dim, dtype=dtype, **(hashes | options))
         writer.append(table_rows(len(fgrams), dim)[writer.num_rows_done :])
         writer.finish()
         return out

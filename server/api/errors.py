@@ -72,6 +72,7 @@ class ApiError(Exception):
             401: "authentication_error",
             404: "not_found_error",
             405: "invalid_request_error",
+            409: "conflict_error",
             413: "invalid_request_error",
             415: "invalid_request_error",
             503: "unavailable_error",

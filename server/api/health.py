@@ -52,7 +52,8 @@ async def ready(request: Request) -> Any:
         )
     if model.table is not None:
         try:
-            await to_thread.run_sync(model.table.check_readable)
+            with model.table.current.hold() as table:
+                await to_thread.run_sync(table.check_readable)
         except SconeError as error:
             raise ApiError(
                 503, f"The f-gram table cannot be read: {error}", code="table_unreadable"

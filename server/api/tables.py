@@ -1,20 +1,28 @@
-"""GET /v1/tables and POST /v1/fgrams/match: what the f-gram table is, and what it says of a text."""
+"""What the f-gram table is (GET /v1/tables), what it says of a text (POST /v1/fgrams/match), and another one
+in its place (POST /admin/tables/reload).
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from scone.model_store.errors import TableError
 from scone.server.api.completion_schema import PromptIds, PromptText
 from scone.server.api.errors import ApiError, error_responses
 from scone.server.api.json_body import JsonRoute
 from scone.server.api.json_types import JsonBool, JsonModel
 from scone.server.api.prompt_tokens import prompt_token_ids
-from scone.server.api.state import ServerState
+from scone.server.api.state import ServedModel, ServerState
 from scone.server.api.token_text import token_text
+from scone.server.served_table import ServedTable
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(route_class=JsonRoute, tags=["F-grams"])
 
@@ -50,6 +58,13 @@ class TableList(BaseModel):
     data: list[TableCard]
 
 
+class TableReload(BaseModel):
+    """The table in use now; `changed` is false if it was in use before."""
+
+    changed: bool
+    table: TableCard
+
+
 class MatchRequest(JsonModel):
     """A text or token ids to look up."""
 
@@ -82,22 +97,39 @@ async def list_tables(request: Request) -> Any:
     """The table in use, or none."""
     state: ServerState = request.app.state.server
     served = state.model.table
-    if served is None:
-        return TableList(data=[])
-    manifest = served.table.manifest
-    card = TableCard(
-        name=served.name,
-        num_fgrams=manifest.num_fgrams,
-        dim=manifest.dim,
-        dtype=manifest.dtype,
-        codec=manifest.codec,
-        backend=manifest.backend,
-        max_n=manifest.max_n,
-        generation=served.generation,
-        table_id=manifest.table_id,
-        tiers=[TierCard(tier=t.name, rows=t.num_rows, bytes=t.num_bytes) for t in served.table.tiers],
-    )
-    return TableList(data=[card])
+    return TableList(data=[] if served is None else [_card(served)])
+
+
+@router.post(
+    "/admin/tables/reload", response_model=TableReload, responses=error_responses(400, 401, 409, 503)
+)
+async def reload_table(request: Request) -> Any:
+    """Opens what lies at the table's path now and switches to it; running requests keep the table they have.
+
+    409 if that is no table for this model: the old one goes on.
+    """
+    state: ServerState = request.app.state.server
+    async with state.reloading:
+        model = state.model
+        served = _table_of(model)
+        try:
+            newest = await to_thread.run_sync(served.open_newest)
+        except TableError as error:
+            state.metrics.table_reloads.labels("refused").inc()
+            logger.error("the table was not reloaded: %s", error)
+            raise ApiError(409, f"The table was not reloaded: {error}.", code="table_refused") from None
+        if newest is None:
+            state.metrics.table_reloads.labels("unchanged").inc()
+            return TableReload(changed=False, table=_card(served))
+        former = served.switch(newest)
+        # Closing waits for reads under way, which is not for the engine's thread.
+        closing = threading.Thread(target=former.close, name="close-table", daemon=True)
+        model.engine.swap_table(newest.table, on_retired=closing.start)
+        state.metrics.table_reloads.labels("switched").inc()
+        logger.info(
+            "table generation %d: %s, %s", newest.number, newest.folder, newest.table.manifest.table_id
+        )
+        return TableReload(changed=True, table=_card(served))
 
 
 @router.post(
@@ -109,10 +141,10 @@ async def match_fgrams(body: MatchRequest, request: Request) -> Any:
     """Which f-gram's row replaces each token's embedding."""
     state: ServerState = request.app.state.server
     model = state.model_named(body.model)
-    if model.table is None:
-        raise ApiError(400, "This server has no f-gram table (setting table).", code="no_table")
+    served = _table_of(model)
     input_ids = await prompt_token_ids(model, body.prompt, body.add_special_tokens)
-    matches = await to_thread.run_sync(model.table.explain, input_ids)
+    with served.current.hold() as table:
+        matches = await to_thread.run_sync(table.explain, input_ids)
     return MatchResponse(
         tokens=[
             MatchedToken(
@@ -125,4 +157,27 @@ async def match_fgrams(body: MatchRequest, request: Request) -> Any:
             )
             for token_id, match in zip(input_ids, matches, strict=True)
         ]
+    )
+
+
+def _table_of(model: ServedModel) -> ServedTable:
+    """Raises ApiError (400) if the model is served without a table."""
+    if model.table is None:
+        raise ApiError(400, "This server has no f-gram table (setting table).", code="no_table")
+    return model.table
+
+
+def _card(served: ServedTable) -> TableCard:
+    manifest = served.table.manifest
+    return TableCard(
+        name=served.name,
+        num_fgrams=manifest.num_fgrams,
+        dim=manifest.dim,
+        dtype=manifest.dtype,
+        codec=manifest.codec,
+        backend=manifest.backend,
+        max_n=manifest.max_n,
+        generation=served.current.number,
+        table_id=manifest.table_id,
+        tiers=[TierCard(tier=t.name, rows=t.num_rows, bytes=t.num_bytes) for t in served.table.tiers],
     )
