@@ -35,6 +35,8 @@ class SamplerState:
         self._generator = np.random.Generator(np.random.Philox(seed % 2**64))
         self._counts: Counter[int] = Counter()
         self._prompt_ids = frozenset(prompt_ids) if params.repetition_penalty != 1.0 else frozenset()
+        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self._biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self._num_generated = 0
         self._final_ids = sorted({*(() if params.ignore_eos else eos_ids), *params.stop_token_ids})
         self.is_greedy = params.temperature < GREEDY_BELOW
@@ -66,8 +68,8 @@ class SamplerState:
     def adjust(self, logits: Tensor) -> None:
         """Applies bias, minimum length and penalties to one row (vocab,) in place."""
         params = self.params
-        for token_id, bias in params.logit_bias.items():
-            logits[token_id] += bias
+        if params.logit_bias:
+            logits[self._bias_ids] += self._biases.to(logits.device)
         if self._final_ids and self._num_generated < params.min_tokens:
             logits[self._final_ids] = -torch.inf
         if not self._has_penalty:
