@@ -67,7 +67,7 @@ def test_full_queue_is_503_with_retry_after(scripted_server: Any, scripted: Any)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("is_generating", [False, True])
 def test_disconnect_aborts(scripted_server: Any, scripted: Any, stream: bool, is_generating: bool) -> None:
-    scripted.step_seconds = 0.01
+    scripted.step_seconds = 0.05  # 20 s to its end
     if not is_generating:
         scripted.gate.clear()
     sent = raw_post({"prompt": ["ab", "cd"], "n": 2, "max_tokens": 400, "stream": stream})
@@ -101,7 +101,7 @@ def test_silent_stream_gets_comments(serve: Any, scripted_model: Any, scripted: 
 
 def test_request_timeout(serve: Any, scripted_model: Any, scripted: Any) -> None:
     scripted.step_seconds = 0.02
-    with serve(scripted_model, request_timeout=0.2) as server:
+    with serve(scripted_model, request_timeout=1.5) as server:  # longer than the first token takes
         response = server.post("/v1/completions", prompt="a", max_tokens=400)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
@@ -127,16 +127,14 @@ def test_queue_timeout(serve: Any, scripted_model: Any, scripted: Any) -> None:
 def test_queue_timeout_of_the_real_engine(serve_real: Any) -> None:
     """Two requests that need the one place: the second is refused, the first goes on."""
     one_at_a_time = EngineConfig(max_model_len=512, kv_cache_bytes=1 << 20, max_num_seqs=1)
-    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with (
-        serve_real(one_at_a_time, queue_timeout=0.05) as server,
+        serve_real(one_at_a_time, step_seconds=0.02, queue_timeout=1.0) as server,
         server.client.stream("POST", "/v1/completions", json=body) as first,
     ):
-        lines = first.iter_lines()
-        next(lines)
-        second = httpx.post(server.url + "/v1/completions", json={"prompt": "b"})
+        second = httpx.post(server.url + "/v1/completions", json={"prompt": "b"}, timeout=60)
         assert second.json()["error"]["code"] == "queue_timeout"
-        assert list(lines)[-2] == "data: [DONE]"
+        assert list(first.iter_lines())[-2] == "data: [DONE]"
 
 
 def test_loading(serve: Any, scripted_model: Any) -> None:
@@ -174,25 +172,35 @@ def test_dead_engine_ends_requests(scripted_server: Any, scripted: Any) -> None:
     assert scripted_server.client.get("/health").status_code == 503
 
 
-def test_drain(serve: Any, scripted_model: Any, scripted: Any) -> None:
+def test_phases_of_a_drain(serve: Any, scripted_model: Any, scripted: Any) -> None:
     """Admitted work is finished; /ready says no at once; new work is refused after the delay."""
-    scripted.step_seconds = 0.01
-    with serve(scripted_model, drain_delay=1.5, drain_timeout=10) as server:
-        with server.client.stream(
-            "POST", "/v1/completions", json={"prompt": "ab", "max_tokens": 250, "stream": True}
-        ) as r:
+    delay = 1.0
+    with serve(scripted_model, drain_delay=delay, drain_timeout=600) as server:
+        body = {"prompt": "ab", "max_tokens": 250, "stream": True}
+        scripted.step_seconds = 0.001
+        with server.client.stream("POST", "/v1/completions", json=body) as stream:
+            scripted.gate.clear()  # it stays in flight until all has been looked at
+            began = time.monotonic()
             server.loop.call_soon_threadsafe(server.http.stop)
-            wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, 1)
-            assert httpx.post(server.url + "/v1/completions", json={"prompt": "a"}).status_code == 200
+            wait_until(lambda: server.state.phase != "ready")
+            assert httpx.get(server.url + "/ready", timeout=60).status_code == 503
             wait_until(lambda: server.state.phase == "draining")
-            refused = httpx.post(server.url + "/v1/completions", json={"prompt": "a"})
+            assert time.monotonic() - began >= delay
+            refused = httpx.post(server.url + "/v1/completions", json={"prompt": "a"}, timeout=60)
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "shutting_down"
-            assert httpx.get(server.url + "/health").status_code == 200
-            events = [line for line in r.iter_lines() if line]
+            assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+            scripted.gate.set()
+            events = [line for line in stream.iter_lines() if line.startswith("data: ")]
         assert len(events) == 251
         assert events[-1] == "data: [DONE]"
         wait_until(lambda: server.http.should_exit)
+
+
+def test_requests_are_taken_while_leaving(scripted_server: Any) -> None:
+    scripted_server.state.phase = "leaving"
+    assert scripted_server.client.get("/ready").status_code == 503
+    assert scripted_server.complete(prompt="a")["choices"]
 
 
 def test_drain_timeout_ends_with_error_and_done(serve: Any, scripted_model: Any, scripted: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +153,57 @@ def test_start_serve_and_drain(launch: Any, checkpoint: Path, tokenizer: Tokeniz
     assert "Traceback" not in process.log
 
 
-def test_sigterm_while_loading(launch: Any, smollm2_path: Path) -> None:
-    process = launch("--model", str(smollm2_path))  # takes seconds to load; a tiny one is there before us
-    assert process.url
+def test_sigterm_while_loading(launch: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """A model that never ends to load: reading its config waits for somebody who writes it."""
+    folder = tmp_path / "endless"
+    shutil.copytree(checkpoint, folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    process = launch("--model", str(folder))
+    process.wait_for("opening ")
+    assert httpx.get(process.url + "/ready", timeout=60).json()["error"]["code"] == "model_loading"
     process.child.send_signal(signal.SIGTERM)
     assert process.exit_code(60) == 0
     assert "ready after" not in process.log
+
+
+def test_sigterm_under_load_loses_no_admitted_request(launch: Any, checkpoint: Path) -> None:
+    """24 clients ask without pause; after the signal each gets its whole answer, or 503 before any of it."""
+    process = launch("--model", str(checkpoint), "--drain-timeout", "120", "--max-num-seqs", "8")
+    process.wait_for("ready after")
+    outcomes: list[str] = []
+
+    def ask(number: int) -> None:
+        body = {"prompt": f"client {number}", "max_tokens": 60, "ignore_eos": True, "stream": number % 2 == 0}
+        with httpx.Client(base_url=process.url, timeout=150) as client:
+            while True:
+                try:
+                    response = client.post("/v1/completions", json=body)
+                except httpx.TransportError:
+                    # Closed in our face. If this one had been admitted, the log would count one more.
+                    return outcomes.append("refused")
+                if response.status_code == 503:
+                    assert response.json()["error"]["code"] == "shutting_down"
+                    return outcomes.append("refused")
+                assert response.status_code == 200, response.text
+                if body["stream"]:
+                    assert response.text.endswith("data: [DONE]\n\n")
+                    assert response.text.count('"finish_reason":"length"') == 1
+                    assert "error" not in response.text
+                else:
+                    assert response.json()["usage"]["completion_tokens"] == 60
+                outcomes.append("answered")
+
+    with ThreadPoolExecutor(24) as pool:
+        clients = [pool.submit(ask, i) for i in range(24)]
+        process.wait_for("finished ")  # the first answers are there, all the others under way
+        process.child.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.result()
+    assert process.exit_code() == 0
+    assert outcomes.count("refused") == 24
+    num_admitted = len(re.findall(r"finished request_id=\S+ .*finish=(\S+)", process.log))
+    assert process.log.count("finish=length") == num_admitted == outcomes.count("answered")
 
 
 def test_second_signal_ends_at_once(launch: Any, checkpoint: Path) -> None:

@@ -72,11 +72,11 @@ class Waiter(Outcome):
             self.done.set()
 
     def wait(self) -> None:
-        assert self.done.wait(30)
+        assert self.done.wait(120)
 
 
 def settled(engine: Engine) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         stats = engine.stats()
         if not stats.has_work and stats.num_running == stats.num_waiting == stats.num_queued_tokens == 0:
@@ -213,7 +213,7 @@ def test_requests_keep_the_table_they_began_with(
     assert not retired.wait(0.05)
     dict_table.is_held = False
     old.wait()
-    assert retired.wait(10)
+    assert retired.wait(60)
     assert old.tokens() == naive_greedy(tiny_decoder, prompt, 8, dict_table)
     assert new.tokens() == naive_greedy(tiny_decoder, prompt, 8)
 
