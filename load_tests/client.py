@@ -96,6 +96,19 @@ async def stream_events(
         await _close(writer)
 
 
+async def post_json(url: str, path: str, body: Mapping[str, Any], api_key: str | None = None) -> Any:
+    """The JSON that a POST is answered with; raises ResponseError unless the status is 200, and OSError."""
+    reader, writer = await _send(url, "POST", path, json.dumps(body).encode(), api_key)
+    try:
+        status, chunked = await _read_head(reader)
+        content = await _read_all(reader, chunked)
+    finally:
+        await _close(writer)
+    if status != 200:
+        raise ResponseError(f"POST {path}: HTTP {status}: {content[:200]!r}")
+    return json.loads(content)
+
+
 async def get_text(url: str, path: str, api_key: str | None = None) -> str:
     """The body of a plain GET; raises ResponseError or OSError."""
     reader, writer = await _send(url, "GET", path, b"", api_key)

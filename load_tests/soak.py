@@ -1,8 +1,9 @@
 """Mixed load for a long time: `python -m load_tests.soak --minutes 30` against a running server.
 
-Streams, batches, scoring, malformed and abandoned requests. Fails (exit code 1) if the server's anonymous
-memory grew by more than `--max-growth-mib` after the first fifth of the time, if a request failed that should
-not have, or if a gauge is not back at 0 in the end. The last line of output is one JSON object.
+Streams, batches, scoring, embeddings, malformed and abandoned requests, reloads of the table. Fails (exit
+code 1) if the server's anonymous memory grew by more than `--max-growth-mib` after the first fifth of the
+time, if a request failed that should not have, or if a gauge is not back at 0 in the end. The last line of
+output is one JSON object.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import platform
 import random
 import sys
 import time
 from collections import Counter
 from contextlib import aclosing
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from load_tests.client import ResponseError, complete, get_text, stream_events
+from load_tests.client import ResponseError, complete, get_text, post_json, stream_events
 
 ANONYMOUS = 'scone_process_resident_bytes{kind="anon"}'
-GAUGES = ("scone_num_requests_running", "scone_num_requests_waiting")
+GAUGES = ("scone_num_requests_running", "scone_num_requests_waiting", "scone_kv_cache_usage_perc")
+NUM_SAMPLES = 30
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "be", "from")
 
 
@@ -34,7 +40,16 @@ class Soak:
 
     async def client(self, end: float) -> None:
         """One client; each request is of a kind drawn anew."""
-        kinds = (self._answered, self._answered, self._scored, self._abandoned, self._malformed)
+        kinds = (
+            self._answered,
+            self._answered,
+            self._scored,
+            self._embedded,
+            self._abandoned,
+            self._abandoned_unread,
+            self._malformed,
+            self._reloaded,
+        )
         while time.monotonic() < end:
             await self._draw.choice(kinds)()
 
@@ -66,6 +81,31 @@ class Soak:
                 await anext(events, None)
         self._note("abandoned", None)
 
+    async def _abandoned_unread(self) -> None:
+        """Not streamed, and gone before the answer."""
+        post = post_json(self.url, "/v1/completions", self._body(max_tokens=256))
+        try:
+            await asyncio.wait_for(post, self._draw.uniform(0.05, 1))
+        except TimeoutError:
+            self._note("abandoned", None)
+        except (OSError, ResponseError) as error:
+            self._note("abandoned", str(error))
+
+    async def _embedded(self) -> None:
+        inputs = [self._body()["prompt"] for _ in range(self._draw.choice((1, 4)))]
+        layer = self._draw.choice((None, None, 1))
+        await self._posted("embedded", "/v1/embeddings", {"input": inputs, "layer": layer})
+
+    async def _reloaded(self) -> None:
+        await self._posted("reloaded", "/admin/tables/reload", {})
+
+    async def _posted(self, kind: str, path: str, body: dict[str, Any]) -> None:
+        try:
+            await post_json(self.url, path, body)
+            self._note(kind, None)
+        except (OSError, ResponseError) as error:
+            self._note(kind, str(error))
+
     async def _malformed(self) -> None:
         body = self._body(logit_bias={"999999999": 1}, stream=True)
         error: str | None = "was accepted"
@@ -93,23 +133,36 @@ async def run(options: argparse.Namespace) -> int:
     soak = Soak(options.url, options.seed)
     seconds = options.minutes * 60
     end = time.monotonic() + seconds
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     clients = [asyncio.create_task(soak.client(end)) for _ in range(options.concurrency)]
-    await asyncio.sleep(seconds / 5)
-    baseline = await soak.anonymous_bytes()
+    samples = []
+    for _ in range(NUM_SAMPLES):
+        await asyncio.sleep(seconds / NUM_SAMPLES)
+        samples.append(await soak.anonymous_bytes() / 2**20)
     await asyncio.gather(*clients)
     await asyncio.sleep(5)
-    growth_mib = (await soak.anonymous_bytes() - baseline) / 2**20
+    baseline = samples[NUM_SAMPLES // 5 - 1]
+    growth_mib = await soak.anonymous_bytes() / 2**20 - baseline
     busy = await soak.busy_gauges()
     passed = growth_mib <= options.max_growth_mib and not busy and not soak.outcomes["failed"]
     result = {
+        "benchmark": "soak",
+        "date": started,
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "command": "python -m load_tests.soak " + " ".join(sys.argv[1:]),
         "minutes": options.minutes,
+        "concurrency": options.concurrency,
         "outcomes": dict(soak.outcomes),
-        "anonymous_mib": round(baseline / 2**20, 1),
+        "anonymous_mib": [round(sample, 1) for sample in samples],
+        "baseline_mib": round(baseline, 1),
         "growth_mib": round(growth_mib, 1),
         "gauges_not_at_0": busy,
         "passed": passed,
     }
-    print(json.dumps(result))
+    line = json.dumps(result)
+    if options.out:
+        options.out.write_text(line + "\n")
+    print(line)
     return 0 if passed else 1
 
 
@@ -121,6 +174,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-growth-mib", type=float, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     return asyncio.run(run(parser.parse_args()))
 
 
