@@ -24,6 +24,7 @@ from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.stats import TableStats
 from scone.cache.table_config import TableConfig
 from scone.kernels.errors import DamagedDataError
+from scone.kernels.gather import largest_id
 from scone.kernels.match import Matcher, Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
@@ -65,10 +66,11 @@ class FGramTable:
     ) -> None:
         """Use `open`."""
         self.stats = stats or TableStats()
+        self._matcher = Matcher(files.index, self.stats.num_matched)
         self._files = files
         self._disk = disk
         self._ram = ram
-        self._matcher = Matcher(files.index)
+        self._num_rows = files.manifest.num_fgrams
         self._row_bytes = files.manifest.row_bytes
 
     @classmethod
@@ -181,11 +183,9 @@ class FGramTable:
             RowReadError: the index is damaged or cannot be read.
         """
         try:
-            matches = self._matcher.match(_token_array(input_ids))
+            return self._matcher.match(_token_array(input_ids))
         except DamagedDataError as error:
             raise self._index_error(error) from None
-        self.stats.add_lookups(matches[1])
-        return matches
 
     def match_last(self, windows: NDArray[Any] | Tensor) -> Matches:
         """The longest f-gram that ends at the last position of each window.
@@ -201,11 +201,9 @@ class FGramTable:
             RowReadError: the index is damaged or cannot be read.
         """
         try:
-            matches = self._matcher.match_last(_token_array(windows))
+            return self._matcher.match_last(_token_array(windows))
         except DamagedDataError as error:
             raise self._index_error(error) from None
-        self.stats.add_lookups(matches[1])
-        return matches
 
     def rows(self, row_ids: Ids) -> Tensor:
         """(n, dim) rows in the table's dtype; those of id -1 are undefined. Raises as `read_into`."""
@@ -226,8 +224,8 @@ class FGramTable:
             RowReadError: a row cannot be read or is damaged; `out` is then undefined.
         """
         ids = _row_id_array(row_ids)
-        if len(ids) and ids.max() >= self.num_fgrams:
-            raise IndexError(f"row id {ids.max()} is beyond the table's {self.num_fgrams} rows")
+        if (largest := largest_id(ids)) >= self._num_rows:
+            raise IndexError(f"row id {largest} is beyond the table's {self._num_rows} rows")
         for reader, begin, end in self._plan():
             started = time.perf_counter()
             num_rows = reader.read_into(ids, begin, end, out)
@@ -269,8 +267,8 @@ class FGramTable:
         plan: list[tuple[RamRows | RowReader, int, int]] = []
         if self._ram is not None and num_ram_rows:
             plan.append((self._ram, 0, num_ram_rows))
-        if num_ram_rows < self.num_fgrams:
-            plan.append((self._disk, num_ram_rows, self.num_fgrams))
+        if num_ram_rows < self._num_rows:
+            plan.append((self._disk, num_ram_rows, self._num_rows))
         return plan
 
     def _index_error(self, error: DamagedDataError) -> RowReadError:
@@ -283,5 +281,5 @@ def _token_array(token_ids: Ids) -> NDArray[Any]:
 
 
 def _row_id_array(row_ids: Ids) -> NDArray[np.int64]:
-    array = row_ids.numpy() if isinstance(row_ids, Tensor) else np.asarray(row_ids)
+    array = row_ids.numpy() if isinstance(row_ids, Tensor) else row_ids
     return np.ascontiguousarray(array, np.int64)

@@ -9,6 +9,8 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from scone.kernels.match import MAX_N
+
 READ_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Upper bounds for the histogram of read durations: from a few cached rows to a slow disk."""
 
@@ -17,7 +19,8 @@ class TableStats:
     """Counters that only grow. Read them at any time; writers hold the lock.
 
     Attributes:
-        lookups: positions matched, by matched length (1: no f-gram).
+        num_matched: (MAX_N + 1,) positions matched, by matched length (1: no f-gram). The matcher counts
+            itself: done in Python, counting a step's matches costs more than finding them.
         rows_read, bytes_read, reads, read_seconds: by tier; bytes are those of the stored rows.
         reads_within: by tier and index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
         prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
@@ -27,7 +30,7 @@ class TableStats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.lookups: Counter[int] = Counter()
+        self.num_matched: NDArray[np.int64] = np.zeros(MAX_N + 1, np.int64)
         self.rows_read: Counter[str] = Counter()
         self.bytes_read: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
@@ -37,11 +40,10 @@ class TableStats:
         self.rows_requested = 0
         self.rows_unique = 0
 
-    def add_lookups(self, matched_len: NDArray[np.int8]) -> None:
-        counts = np.bincount(matched_len)
-        with self._lock:
-            for n in counts.nonzero()[0].tolist():
-                self.lookups[n] += int(counts[n])
+    @property
+    def lookups(self) -> Counter[int]:
+        """`num_matched` without its zeros."""
+        return Counter({n: int(self.num_matched[n]) for n in self.num_matched.nonzero()[0].tolist()})
 
     def add_read(self, tier: str, num_rows: int, num_bytes: int, seconds: float) -> None:
         with self._lock:

@@ -76,18 +76,10 @@ class RowMemory:
         Raises:
             DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
         """
-        check_out(out, len(row_ids), self._codec)
+        target = check_out(out, len(row_ids), self._codec)
         if self._native is None:
             return self._gather_reference(row_ids, begin, end, out)
-        result: int = self._native.gather(
-            row_ids,
-            begin,
-            end,
-            out.data_ptr(),
-            out.stride(0) * out.element_size(),
-            DTYPE_IDS[out.dtype],
-            num_threads,
-        )
+        result: int = self._native.gather(row_ids, begin, end, *target, num_threads)
         if result == _PAGE_FAULT:
             raise DamagedDataError("rows cannot be read: their file was truncated or the disk failed")
         if result <= _DAMAGED_ROW:
@@ -141,18 +133,9 @@ class RowMemory:
 
 def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowCodec, out: Tensor) -> None:
     """Writes the row stored at data[offsets[i]:] to out[i]; a negative offset leaves out[i] untouched."""
-    check_out(out, len(offsets), codec)
+    target = check_out(out, len(offsets), codec)
     if native is not None:
-        native.decode_rows(
-            data,
-            offsets,
-            codec.codec_id,
-            codec.dtype_id,
-            codec.dim,
-            out.data_ptr(),
-            out.stride(0) * out.element_size(),
-            DTYPE_IDS[out.dtype],
-        )
+        native.decode_rows(data, offsets, codec.codec_id, codec.dtype_id, codec.dim, *target)
         return
     for i, offset in enumerate(offsets.tolist()):
         if offset >= 0:
@@ -160,14 +143,29 @@ def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowC
             out[i] = codec.decode_reference(stored[None])[0].to(out.dtype)
 
 
-def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> None:
-    """Raises ValueError unless `out` can take `num_rows` decoded rows."""
-    if out.shape != (num_rows, codec.dim) or (codec.dim > 1 and out.stride(1) != 1):
+def largest_id(row_ids: NDArray[np.int64]) -> int:
+    """The largest of these ids (contiguous); -1 if there is none."""
+    if native is None:
+        return int(row_ids.max(initial=-1))
+    largest: int = native.largest_id(row_ids)
+    return largest
+
+
+def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> tuple[int, int, int]:
+    """The address, the bytes from row to row and the dtype of `out`, as the native kernels take them.
+
+    Raises:
+        ValueError: `out` cannot take `num_rows` decoded rows.
+    """
+    stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
+    if out.shape != (num_rows, codec.dim) or (codec.dim > 1 and values_apart != 1):
         raise ValueError(
             f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted"
             f" ({num_rows}, {codec.dim}) with the values of a row side by side"
         )
-    if out.dtype not in DTYPE_IDS or out.device.type != "cpu":
+    dtype_id = DTYPE_IDS.get(out.dtype)
+    if dtype_id is None or not out.is_cpu:
         raise ValueError(
             f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
         )
+    return out.data_ptr(), stride * out.element_size(), dtype_id

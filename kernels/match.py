@@ -32,7 +32,8 @@ class BucketIndex:
 
     Attributes:
         buckets: (num_buckets,) of fgram_hash.BUCKET_DTYPE; must outlive its matchers.
-        closed: every f-gram's prefix is stored too, hence len(t) <= len(t-1) + 1.
+        closed: the (n-1)-token prefix and suffix of every f-gram are stored too, so that nothing is looked
+            for where one of them is absent.
     """
 
     buckets: NDArray[np.void]
@@ -44,9 +45,15 @@ class BucketIndex:
 
 
 class Matcher:
-    """Longest matches against one index. Thread-safe; the native one releases the GIL."""
+    """Longest matches against one index. Thread-safe; the native one releases the GIL.
 
-    def __init__(self, index: BucketIndex) -> None:
+    Args:
+        num_matched: (MAX_N + 1,) int64, to which the positions matched are added by matched length; matchers
+            may share it.
+    """
+
+    def __init__(self, index: BucketIndex, num_matched: NDArray[np.int64] | None = None) -> None:
+        self._num_matched = np.zeros(MAX_N + 1, np.int64) if num_matched is None else num_matched
         self._index = index
         self._native: Any = None
         if native is not None:
@@ -58,6 +65,7 @@ class Matcher:
                 index.fp_bits,
                 index.max_n,
                 index.closed,
+                self._num_matched,
             )
 
     def match(self, tokens: NDArray[Any], starts: NDArray[np.int64] | None = None) -> Matches:
@@ -75,7 +83,7 @@ class Matcher:
         if starts is None:
             starts = np.array((0, len(tokens)), np.int64)
         if self._native is None:
-            return match_reference(self._index, tokens, starts)
+            return self._counted(match_reference(self._index, tokens, starts))
         _raise_fault(self._native.match(np.ascontiguousarray(tokens), starts, rows, lengths))
         return rows, lengths
 
@@ -91,16 +99,28 @@ class Matcher:
         batch, width = windows.shape
         if self._native is None:
             starts = np.arange(batch + 1, dtype=np.int64) * width
-            all_rows, all_lengths = match_reference(self._index, windows.reshape(-1), starts)
-            return all_rows[width - 1 :: width], all_lengths[width - 1 :: width]
+            all_rows, all_lengths = match_reference(
+                self._index, windows.reshape(-1), starts, consecutive=False
+            )
+            return self._counted((all_rows[width - 1 :: width], all_lengths[width - 1 :: width]))
         rows = np.empty(batch, np.int64)
         lengths = np.empty(batch, np.int8)
         _raise_fault(self._native.match_last(windows, rows, lengths))
         return rows, lengths
 
+    def _counted(self, matches: Matches) -> Matches:
+        self._num_matched += np.bincount(matches[1], minlength=MAX_N + 1)
+        return matches
 
-def match_reference(index: BucketIndex, tokens: NDArray[Any], starts: NDArray[np.int64]) -> Matches:
-    """The oracle of Matcher.match: tries every length at every position, longest first."""
+
+def match_reference(
+    index: BucketIndex, tokens: NDArray[Any], starts: NDArray[np.int64], *, consecutive: bool = True
+) -> Matches:
+    """The oracle of Matcher.match, length by length for all positions at once.
+
+    In a closed set a position goes on to n only if an f-gram of n - 1 tokens ends there and, if `consecutive`
+    (not in match_last), another one token earlier. That changes a result only where fingerprints collide.
+    """
     num_tokens = len(tokens)
     rows = np.full(num_tokens, -1, np.int64)
     lengths = np.ones(num_tokens, np.int8)
@@ -114,6 +134,10 @@ def match_reference(index: BucketIndex, tokens: NDArray[Any], starts: NDArray[np
     for n in range(1, index.max_n + 1):
         at = np.maximum(positions - (n - 1), 0)
         reaches &= (positions - (n - 1) >= first) & (tokens[at] >= 0) & (tokens[at] < 1 << 31)
+        if n > 2 and index.closed:
+            reaches &= lengths == n - 1
+            if consecutive:
+                reaches &= np.roll(lengths, 1) >= n - 1
         token = np.where(reaches, tokens[at], 0)
         lane_a = fgram_hash.extend(lane_a, token, fgram_hash.MULTIPLIER_A)
         lane_b = fgram_hash.extend(lane_b, token, fgram_hash.MULTIPLIER_B)

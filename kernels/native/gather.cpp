@@ -16,6 +16,7 @@
 #include "crc32c.hpp"
 #include "decode_row.hpp"
 #include "fault_guard.hpp"
+#include "stream_copy.hpp"
 
 namespace nb = nanobind;
 
@@ -30,6 +31,7 @@ constexpr int64_t kDamagedRow = -2;  // kDamagedRow - r: row r does not fit its 
 constexpr size_t kPageBytes = 4096;             // granularity of mincore and madvise; larger pages are multiples
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, starting a thread costs more than it saves
+constexpr int64_t kStreamBytes = 4 << 20;       // more than this would push all else out of the caches
 constexpr int64_t kRowsAhead = 4;               // rows whose first lines are on their way while one is copied
 
 // The rows of one table as bytes in memory. Row r lies in block r / rows_per_block; rows.bin is one block.
@@ -67,17 +69,19 @@ class RowMemory {
         int64_t n = int64_t(ids.size());
         int64_t by_size = n * int64_t(row_bytes_) / kBytesPerThread;
         int64_t threads = std::clamp<int64_t>(std::min<int64_t>(num_threads, by_size), 1, 64);
-        auto target = reinterpret_cast<uint8_t*>(out);
+        Target target{reinterpret_cast<uint8_t*>(out), out_stride_bytes, FloatType(out_type), false};
+        target.streams = n * int64_t(row_bytes_) >= kStreamBytes && format_.codec == Codec::raw &&
+                         format_.dtype == target.type &&
+                         (out | uintptr_t(out_stride_bytes) | row_bytes_) % kStreamAlign == 0;
         const int64_t* id = ids.data();
         nb::gil_scoped_release unlocked;
         std::vector<int64_t> results(size_t(threads), 0);
         auto work = [&, begin, end](int64_t t) {
             int64_t from = n * t / threads, to = n * (t + 1) / threads;
             int64_t* result = &results[size_t(t)];
-            bool readable = guarded([&] {
-                *result = gather_range(id, from, to, begin, end, target, out_stride_bytes, FloatType(out_type));
-            });
+            bool readable = guarded([&] { *result = gather_range(id, from, to, begin, end, target); });
             if (!readable) *result = kPageFault;
+            if (target.streams) stream_fence();
         };
         std::vector<std::thread> helpers;
         for (int64_t t = 1; t < threads; t++) helpers.emplace_back(work, t);
@@ -126,14 +130,20 @@ class RowMemory {
             if (!(pages[p] & 1)) return false;
         return true;
     }
+    struct Target {
+        uint8_t* data;
+        int64_t stride_bytes;
+        FloatType type;
+        bool streams;
+    };
 
     const uint8_t* address(int64_t row) const {
         int64_t block = row / rows_per_block_;
         return bytes_ + blocks_[block] + size_t(row - block * rows_per_block_) * row_bytes_;
     }
 
-    int64_t gather_range(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end, uint8_t* out,
-                         int64_t out_stride_bytes, FloatType out_type) {
+    int64_t gather_range(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end,
+                         const Target& target) {
         int64_t num_written = 0;
         for (int64_t i = from; i < to; i++) {
             if (i + kRowsAhead < to) {
@@ -150,7 +160,12 @@ class RowMemory {
             int64_t row = ids[i];
             if (row < begin || row >= end) continue;
             if (sums_ != nullptr && !row_is_sound(row)) return kDamagedRow - row;
-            decode_row(format_, address(row), out + i * out_stride_bytes, out_type);
+            uint8_t* out = target.data + i * target.stride_bytes;
+            if (target.streams) {
+                stream_copy(out, address(row), row_bytes_);
+            } else {
+                decode_row(format_, address(row), out, target.type);
+            }
             num_written++;
         }
         return num_written;
@@ -208,6 +223,13 @@ static void decode_rows(Array1<uint8_t> bytes, Array1<int64_t> offsets, int code
     }
 }
 
+// The largest of these ids; -1 if there is none.
+static int64_t largest_id(Array1<int64_t> ids) {
+    int64_t largest = -1;
+    for (size_t i = 0; i < ids.size(); i++) largest = std::max(largest, ids.data()[i]);
+    return largest;
+}
+
 void register_gather(nb::module_& m) {
     nb::class_<RowMemory>(m, "RowMemory")
         .def(nb::init<Array1<uint8_t>, Array1<uint64_t>, int64_t, int64_t, int, int, int64_t,
@@ -219,6 +241,7 @@ void register_gather(nb::module_& m) {
         .def("absent", &RowMemory::find_absent)
         .def("will_need", &RowMemory::will_need);
     m.def("decode_rows", &decode_rows);
+    m.def("largest_id", &largest_id, nb::arg("ids").noconvert());
 }
 
 }  // namespace scone

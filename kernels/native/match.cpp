@@ -1,17 +1,19 @@
 // Longest f-gram match over the bucket index, many positions in flight.
 //
-// A probe is one cache line from memory: some 100 ns if awaited. The tokens are therefore cut into lanes, each
-// walking its own stretch from left to right; a lane asks for the next line (prefetch) and the turn goes to the
-// next lane. Within a lane the match at t is at most one longer than the match at t-1 when the set is closed,
-// which saves about half of the probes (docs/lookup.md).
+// A probe is one cache line from memory: some 100 ns if awaited. Positions are therefore taken in blocks, and a
+// block length by length: first all lines that it needs for f-grams of n tokens are asked for (prefetch), then
+// they are looked at. Both loops run straight on: whether a probe hits is anybody's guess, and a wrong guess of
+// the processor costs as much as a probe. In a closed set only those positions go on to n + 1 where both parts
+// of the longer f-gram were found, the one that ends there and the one that ends one token earlier; that leaves
+// about 1.7 probes a token (docs/lookup.md).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "fault_guard.hpp"
 #include "fgram_hash.hpp"
@@ -28,7 +30,7 @@ template <class T>
 using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;
 
 constexpr int kMaxN = 16;
-constexpr int kLanes = 16;  // as many as line-fill buffers keep busy; 8 and 32 measured slower
+constexpr int64_t kBlock = 256;  // positions in flight: their lines and hashes fit in L1
 constexpr int64_t kNoFault = -1;
 constexpr int64_t kPageFault = -2;
 
@@ -41,117 +43,97 @@ struct Index {
     bool closed;
 };
 
-// A stretch [position, end) of one sequence, whose history reaches back to `first`.
 template <class Token>
-struct Lane {
-    const Token* tokens;
-    int64_t first, position, end;
-    int64_t* out_row;
-    int8_t* out_len;
-    int longest;  // no longer f-gram can end at `position`
-    int n;        // length being probed
-    uint64_t bucket;
-    uint64_t lane_a[kMaxN + 1], lane_b[kMaxN + 1];
+bool is_token(Token token) {
+    return token >= 0 && int64_t(token) <= INT32_MAX;  // others are padding: no f-gram reaches across it
+}
 
-    bool done() const { return position >= end; }
+// Looks for a fingerprint from its home bucket on. Returns the row, -1 if there is none, or kDamaged.
+constexpr int64_t kDamaged = -2;
+inline int64_t probe(const Index& index, uint64_t& at, uint64_t fingerprint) {
+    for (;; at++) {
+        if (__builtin_expect(at >= index.num_buckets, 0)) return kDamaged;
+        const Bucket& bucket = index.buckets[at];
+        if (__builtin_expect(bucket_check(bucket) != bucket.meta >> 8, 0)) return kDamaged;
+        unsigned found = 1u << Bucket::kSlots;
+        for (int i = 0; i < Bucket::kSlots; i++) found |= unsigned(bucket.fingerprint[i] == fingerprint) << i;
+        // `meta` follows the rows, so that slot 5 is a place to read where nothing was found
+        uint32_t row;
+        auto bytes = reinterpret_cast<const uint8_t*>(&bucket) + offsetof(Bucket, row);
+        std::memcpy(&row, bytes + sizeof row * size_t(__builtin_ctz(found)), sizeof row);
+        bool hit = found != 1u << Bucket::kSlots;
+        // slots fill from the first on: where an empty one is the first to agree, no other does
+        if (__builtin_expect(hit && row == Bucket::kEmpty, 0)) hit = false;
+        if (hit || !(bucket.meta & Bucket::kPassed)) return hit ? int64_t(row) : -1;
+    }
+}
+
+// Positions that are matched together.
+struct Block {
+    uint8_t reach[kBlock];  // no longer f-gram can end at the position: its sequence or run of tokens begins there
+    uint64_t lane_a[kBlock], lane_b[kBlock];
+    uint64_t bucket[kBlock];
+    int32_t candidate[kBlock];
 };
 
-template <class Token>
-inline void aim(const Index& index, Lane<Token>& lane) {
-    lane.bucket = home_bucket(lane.lane_a[lane.n], index.num_home_buckets);
-    __builtin_prefetch(&index.buckets[lane.bucket]);
-}
-
-// Settles the current position and moves to the next one that needs a probe.
-template <class Token>
-inline void settle(const Index& index, Lane<Token>& lane, int64_t row, int length) {
-    lane.out_row[lane.position] = row;
-    lane.out_len[lane.position] = int8_t(length);
-    lane.longest = index.closed ? std::min(length + 1, index.max_n) : index.max_n;
-    lane.position++;
-}
-
-template <class Token>
-inline void start(const Index& index, Lane<Token>& lane) {
-    while (!lane.done()) {
-        int64_t reach = std::min<int64_t>(lane.longest, lane.position - lane.first + 1);
-        uint64_t a = index.seed_a, b = index.seed_b;
-        int n = 0;
-        for (; n < reach; n++) {
-            int64_t token = int64_t(lane.tokens[lane.position - n]);
-            if (token < 0 || token > INT32_MAX) break;  // padding: no f-gram reaches across it
-            a = extend(a, uint32_t(token), kMultiplierA);
-            b = extend(b, uint32_t(token), kMultiplierB);
-            lane.lane_a[n + 1] = a;
-            lane.lane_b[n + 1] = b;
-        }
-        if (n >= 2) {
-            lane.n = n;
-            aim(index, lane);
-            return;
-        }
-        settle(index, lane, -1, 1);
+// Fills rows[i] and lengths[i] of each position of the block; token(i, back) is the one `back` before position i.
+// With `consecutive`, position i - 1 is that of the token before i, also before the block.
+// Returns the number of a damaged bucket or kNoFault.
+template <bool consecutive, class TokenAt>
+int64_t match_block(const Index& index, Block& block, int64_t size, const TokenAt& token, int64_t* rows,
+                    int8_t* lengths) {
+    int64_t num_candidates = 0;
+    for (int64_t i = 0; i < size; i++) {
+        rows[i] = -1;
+        lengths[i] = 1;
+        block.candidate[num_candidates] = int32_t(i);
+        num_candidates += block.reach[i] >= 2;
+        if (block.reach[i] < 2) continue;
+        block.lane_a[i] = extend(index.seed_a, token(i, 0), kMultiplierA);
+        block.lane_b[i] = extend(index.seed_b, token(i, 0), kMultiplierB);
     }
-}
-
-// Looks at the bucket the lane has aimed at. False: the bucket is damaged.
-template <class Token>
-inline bool probe(const Index& index, Lane<Token>& lane) {
-    const Bucket& bucket = index.buckets[lane.bucket];
-    if (bucket_check(bucket) != bucket.meta >> 8) return false;
-    uint64_t fingerprint = lane.lane_b[lane.n] >> index.fingerprint_shift;
-    for (int i = 0; i < Bucket::kSlots; i++) {
-        if (bucket.fingerprint[i] == fingerprint && bucket.row[i] != Bucket::kEmpty) {
-            settle(index, lane, int64_t(bucket.row[i]), lane.n);
-            start(index, lane);
-            return true;
+    for (int n = 2; n <= index.max_n && num_candidates > 0; n++) {
+        for (int64_t k = 0; k < num_candidates; k++) {
+            int64_t i = block.candidate[k];
+            uint32_t id = token(i, n - 1);
+            block.lane_a[i] = extend(block.lane_a[i], id, kMultiplierA);
+            block.lane_b[i] = extend(block.lane_b[i], id, kMultiplierB);
+            block.bucket[k] = home_bucket(block.lane_a[i], index.num_home_buckets);
+            __builtin_prefetch(&index.buckets[block.bucket[k]]);
         }
-    }
-    if (bucket.meta & Bucket::kPassed) {
-        if (++lane.bucket >= index.num_buckets) return false;
-        __builtin_prefetch(&index.buckets[lane.bucket]);
-    } else if (--lane.n >= 2) {
-        aim(index, lane);
-    } else {
-        settle(index, lane, -1, 1);
-        start(index, lane);
-    }
-    return true;
-}
-
-// Runs lanes[0..num) to their ends; returns the number of a damaged bucket or kNoFault.
-template <class Token>
-int64_t run_lanes(const Index& index, Lane<Token>* lanes, int num) {
-    Lane<Token>* active[kLanes];
-    int num_active = 0;
-    for (int i = 0; i < num; i++) {
-        start(index, lanes[i]);
-        if (!lanes[i].done()) active[num_active++] = &lanes[i];
-    }
-    while (num_active > 0) {
-        for (int i = 0; i < num_active;) {
-            Lane<Token>& lane = *active[i];
-            if (!probe(index, lane)) return int64_t(lane.bucket);
-            if (lane.done()) {
-                active[i] = active[--num_active];
-            } else {
-                i++;
-            }
+        for (int64_t k = 0; k < num_candidates; k++) {
+            int64_t i = block.candidate[k];
+            int64_t row = probe(index, block.bucket[k], block.lane_b[i] >> index.fingerprint_shift);
+            if (__builtin_expect(row == kDamaged, 0)) return int64_t(block.bucket[k]);
+            rows[i] = row >= 0 ? row : rows[i];
+            lengths[i] = int8_t(row >= 0 ? n : lengths[i]);
         }
+        int64_t num_left = 0;
+        for (int64_t k = 0; k < num_candidates; k++) {
+            int64_t i = block.candidate[k];
+            bool goes_on = block.reach[i] > n;  // then position i - 1 is of the same sequence
+            if (index.closed && goes_on) goes_on = (lengths[i] == n) & (!consecutive || lengths[i - 1] >= n);
+            block.candidate[num_left] = int32_t(i);
+            num_left += goes_on;
+        }
+        num_candidates = num_left;
     }
     return kNoFault;
 }
 
 class Matcher {
   public:
+    // counts[n] grows by the positions whose match has length n.
     Matcher(Array1<uint8_t> buckets, uint64_t num_home_buckets, uint64_t num_buckets, uint64_t seed_a,
-            uint64_t seed_b, int fp_bits, int max_n, bool closed) {
+            uint64_t seed_b, int fp_bits, int max_n, bool closed, Out1<int64_t> counts) {
         if (buckets.size() < num_buckets * sizeof(Bucket))
             throw std::invalid_argument("the index is shorter than its number of buckets");
         if (num_home_buckets < 1 || num_home_buckets > num_buckets || num_home_buckets >= (1ull << 32))
             throw std::invalid_argument("num_home_buckets is out of range");
         if (max_n < 2 || max_n > kMaxN) throw std::invalid_argument("max_n must be 2 to 16");
         if (fp_bits < 1 || fp_bits > 64) throw std::invalid_argument("fp_bits must be 1 to 64");
+        if (counts.size() != kMaxN + 1) throw std::invalid_argument("counts must have MAX_N + 1 elements");
+        counts_ = counts.data();
         index_ = {reinterpret_cast<const Bucket*>(buckets.data()), num_home_buckets, num_buckets, seed_a, seed_b,
                   64 - fp_bits, max_n, closed};
     }
@@ -167,8 +149,9 @@ class Matcher {
         if (starts.data()[0] != 0 || starts.data()[starts.size() - 1] != n)
             throw std::invalid_argument("starts must run from 0 to the number of tokens");
         nb::gil_scoped_release unlocked;
-        return match_stretches(tokens.data(), starts.data(), int64_t(starts.size()) - 1, rows.data(),
-                               lengths.data());
+        int64_t fault = match_stretches(tokens.data(), starts.data(), int64_t(starts.size()) - 1, rows.data(),
+                                        lengths.data());
+        return counted(fault, lengths.data(), n);
     }
 
     // Matches the last position of each row of windows (batch, width), any strides.
@@ -181,70 +164,69 @@ class Matcher {
             throw std::invalid_argument("the tokens of a window must lie side by side");
         nb::gil_scoped_release unlocked;
         const Token* data = windows.data();
-        int64_t stride = windows.stride(0);
+        int64_t stride = windows.stride(0), longest = std::min<int64_t>(width, index_.max_n);
         int64_t fault = kNoFault;
         bool readable = guarded([&] {
-            for (int64_t begin = 0; begin < batch && fault == kNoFault; begin += kLanes) {
-                int num = int(std::min<int64_t>(kLanes, batch - begin));
-                Lane<Token> lanes[kLanes];
-                for (int i = 0; i < num; i++) {
-                    int64_t k = begin + i, last = width - 1;
-                    // out pointers are shifted so that position `last` lands on element k
-                    lanes[i].tokens = data + k * stride;
-                    lanes[i].first = 0;
-                    lanes[i].position = last;
-                    lanes[i].end = width;
-                    lanes[i].out_row = rows.data() + k - last;
-                    lanes[i].out_len = lengths.data() + k - last;
-                    lanes[i].longest = index_.max_n;
+            Block block;
+            for (int64_t begin = 0; begin < batch && fault == kNoFault; begin += kBlock) {
+                int64_t size = std::min(kBlock, batch - begin);
+                const Token* newest = data + begin * stride + width - 1;
+                for (int64_t i = 0; i < size; i++) {
+                    int reach = 0;
+                    while (reach < longest && is_token(newest[i * stride - reach])) reach++;
+                    block.reach[i] = uint8_t(reach);
                 }
-                fault = run_lanes(index_, lanes, num);
+                auto token = [&](int64_t i, int back) { return uint32_t(newest[i * stride - back]); };
+                fault = match_block<false>(index_, block, size, token, rows.data() + begin, lengths.data() + begin);
             }
         });
-        return readable ? fault : kPageFault;
+        return counted(readable ? fault : kPageFault, lengths.data(), batch);
     }
 
   private:
+    // Other threads count into the same numbers.
+    int64_t counted(int64_t fault, const int8_t* lengths, int64_t n) const {
+        if (fault != kNoFault) return fault;
+        int64_t found[kMaxN + 1] = {};
+        for (int64_t i = 0; i < n; i++) found[lengths[i]]++;
+        for (int k = 1; k <= kMaxN; k++)
+            if (found[k] != 0) __atomic_fetch_add(&counts_[k], found[k], __ATOMIC_RELAXED);
+        return fault;
+    }
+
     template <class Token>
     int64_t match_stretches(const Token* tokens, const int64_t* starts, int64_t num_sequences, int64_t* rows,
                             int8_t* lengths) const {
         int64_t total = starts[num_sequences];
-        // Short enough that every lane has work, long enough that the bound len(t) <= len(t-1)+1 pays.
-        int64_t stretch = std::clamp<int64_t>(total / kLanes, 8, 4096);
         int64_t fault = kNoFault;
         bool readable = guarded([&] {
-            Lane<Token> lanes[kLanes];
-            int num = 0;
-            for (int64_t s = 0; s < num_sequences && fault == kNoFault; s++) {
-                for (int64_t begin = starts[s]; begin < starts[s + 1]; begin += stretch) {
-                    Lane<Token>& lane = lanes[num++];
-                    lane.tokens = tokens;
-                    lane.first = starts[s];
-                    lane.position = begin;
-                    lane.end = std::min(begin + stretch, starts[s + 1]);
-                    lane.out_row = rows;
-                    lane.out_len = lengths;
-                    lane.longest = index_.max_n;
-                    if (num == kLanes) {
-                        fault = run_lanes(index_, lanes, num);
-                        num = 0;
-                        if (fault != kNoFault) break;
-                    }
+            Block block;
+            int64_t sequence = 0;
+            int reach = 0;
+            for (int64_t begin = 0; begin < total && fault == kNoFault; begin += kBlock) {
+                int64_t size = std::min(kBlock, total - begin);
+                for (int64_t i = 0; i < size; i++) {
+                    for (; sequence < num_sequences && starts[sequence] == begin + i; sequence++) reach = 0;
+                    reach = is_token(tokens[begin + i]) ? std::min(reach + 1, index_.max_n) : 0;
+                    block.reach[i] = uint8_t(reach);
                 }
+                const Token* first = tokens + begin;
+                auto token = [&](int64_t i, int back) { return uint32_t(first[i - back]); };
+                fault = match_block<true>(index_, block, size, token, rows + begin, lengths + begin);
             }
-            if (fault == kNoFault) fault = run_lanes(index_, lanes, num);
         });
         return readable ? fault : kPageFault;
     }
 
     Index index_;
+    int64_t* counts_;
 };
 
 void register_match(nb::module_& m) {
     m.attr("MAX_N") = kMaxN;
     nb::class_<Matcher>(m, "Matcher")
-        .def(nb::init<Array1<uint8_t>, uint64_t, uint64_t, uint64_t, uint64_t, int, int, bool>(),
-             nb::keep_alive<1, 2>())
+        .def(nb::init<Array1<uint8_t>, uint64_t, uint64_t, uint64_t, uint64_t, int, int, bool, Out1<int64_t>>(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 10>())
         .def("match", &Matcher::match<int32_t>, nb::arg("tokens").noconvert(), nb::arg("starts").noconvert(),
              nb::arg("rows").noconvert(), nb::arg("lengths").noconvert())
         .def("match", &Matcher::match<int64_t>, nb::arg("tokens").noconvert(), nb::arg("starts").noconvert(),
