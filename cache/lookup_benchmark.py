@@ -1,262 +1,285 @@
-"""Measures look-up beside its rivals, in one run: the paper's recipe (a Python dict, a torch matrix, one
-LMDB get per probe) and a bare loop of direct reads.
+"""Measures look-up beside its rivals in one run: match, rows from memory, rows from a cold disk.
 
-Keys and text are made up with the skew of real ones; rows are random. Medians; each rival's answers are
-compared with ours before its time counts.
+Rivals (lookup_rivals.py): the paper's recipe, `np.memmap`, torch, engramdb where it is installed; copies are
+held against a plain one. Ways that are compared take turns, so that a slow moment of the machine hits all;
+medians count; each rival's answers are compared with ours before its time does.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from scone.cache.direct_reader import DirectReader
+from scone.cache.cold_benchmark import measure_cold
 from scone.cache.errors import CacheError
 from scone.cache.fgram_table import FGramTable
+from scone.cache.lookup_rivals import DictMatch, EngramRows, MemmapRows, RowSource, TorchFileRows
+from scone.cache.lookup_workload import Workload, cut_workload, drop_from_page_cache, write_table
 from scone.cache.table_config import TableConfig
-from scone.kernels.gather import CHECK_BYTES
-from scone.model_store.count import count_fgrams
-from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
-from scone.model_store.table_header import HEADER_BYTES
-from scone.model_store.table_writer import TableWriter
+from scone.model_store.token_corpus import TokenCorpus
 
-MAX_N = 5
-_ROWS_PER_APPEND = 1 << 16
-Seconds = float
+I64 = NDArray[np.int64]
+_STEPS_PER_PROMPT = 32
+_GATHER_BYTES = 256 << 20  # far beyond the processor's caches
+_MAX_MATRIX_BYTES = 6 << 30
 
-
-def benchmark_lookup(
-    work: Path, *, num_rows: int, dim: int, num_corpus_tokens: int, num_tokens: int, batch: int, repeats: int
-) -> dict[str, Any]:
-    """Builds a table in `work` and measures it; raises CacheError if a rival's answer differs from ours."""
-    corpus = made_up_corpus(num_corpus_tokens)
-    fgrams = count_fgrams(
-        corpus, max_n=MAX_N, min_count=5, top=num_rows, tokenizer_hash="74" * 32, work=work / "count"
-    )
-    path = write_random_table(work / "table", fgrams, dim)
-    # the corpus's own end: repeats what was counted, as text does
-    tokens = np.array(corpus.tokens[-num_tokens:], np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int32), MAX_N)[:batch].copy()
-    rows_by_key = {
-        tuple(f[:n]): row
-        for row, (f, n) in enumerate(zip(fgrams.tokens.tolist(), fgrams.lengths.tolist(), strict=True))
-    }
-    ram = FGramTable.open(path, TableConfig(ram_bytes=1 << 50))
-    if not ram.wait_loaded():
-        raise CacheError("the benchmark's table could not be loaded")
-    matrix = ram.rows(np.arange(ram.num_fgrams))
-    result: dict[str, Any] = {
-        "benchmark": "lookup",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(UTC).date().isoformat(),
-        "num_rows": ram.num_fgrams,
-        "dim": dim,
-        "num_tokens": num_tokens,
-        "batch": batch,
-        "matched_share": round(float((ram.match(tokens)[0] >= 0).mean()), 3),
-    }
-    result["us_per_token"] = {
-        **_measure_match(ram, rows_by_key, tokens, windows, repeats),
-        **_measure_rows(ram, rows_by_key, matrix, tokens, windows, repeats),
-    }
-    result["rows_per_second_cold"] = _measure_disk(work, path, fgrams, rows_by_key, tokens, repeats)
-    ram.close()
-    return result
+Way = Callable[[int], object]
+"""One way to do the work; the argument says which piece of the workload."""
 
 
-def write_random_table(path: Path, fgrams: FGramSet, dim: int) -> Path:
-    """A bfloat16 table of normal rows, seed 0."""
-    generator = torch.Generator().manual_seed(0)
-    with TableWriter.create(
-        path, fgrams, dim=dim, dtype="bfloat16", model_hash="6d" * 32, tokenizer_hash=fgrams.tokenizer_hash
-    ) as writer:
-        for begin in range(writer.num_rows_done, len(fgrams), _ROWS_PER_APPEND):
-            num_rows = min(_ROWS_PER_APPEND, len(fgrams) - begin)
-            writer.append(torch.randn(num_rows, dim, generator=generator))
-        writer.finish()
-    return path
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupBenchmark:
+    """What to measure.
+
+    Attributes:
+        work: folder for the table and the rivals' files; those of an earlier run are used again.
+        corpus, heldout: text to count f-grams in, and other text to look up.
+        with_lmdb: also measure the paper's disk table, whose file takes long to write.
+        repeats: prompts; each is measured once in each way, and so are 32 decode steps for each.
+    """
+
+    work: Path
+    corpus: TokenCorpus
+    heldout: TokenCorpus
+    num_rows: int
+    min_count: int
+    dim: int
+    num_tokens: int
+    batch: int
+    with_lmdb: bool
+    repeats: int
+
+    def run(self) -> dict[str, Any]:
+        """Raises CacheError if a rival's answer differs from ours, TableError, FGramSetError."""
+        path, fgrams = write_table(
+            self.work, self.corpus, num_rows=self.num_rows, min_count=self.min_count, dim=self.dim
+        )
+        workload = cut_workload(
+            self.heldout,
+            self.num_tokens,
+            self.batch,
+            num_prompts=self.repeats,
+            num_steps=_STEPS_PER_PROMPT * self.repeats,
+        )
+        result = self._facts(fgrams) | {"open_cold_ms": _measure_open(path, self.repeats)}
+        result |= self._measure_memory(path, fgrams, workload)
+        engram = self._engram_folder() if EngramRows.available() else None
+        lmdb_path = self.work / f"paper-{self.num_rows}-{self.dim}.lmdb" if self.with_lmdb else None
+        result["cold"] = measure_cold(path, fgrams, workload.prompts, lmdb_path, engram)
+        return result
+
+    def _measure_memory(self, path: Path, fgrams: FGramSet, workload: Workload) -> dict[str, Any]:
+        """All rows in the RAM tier."""
+        config = TableConfig(ram_bytes=1 << 50, num_threads=torch.get_num_threads())
+        with FGramTable.open(path, config) as table:
+            if not table.wait_loaded():
+                raise CacheError("the benchmark's table could not be loaded into memory")
+            matrix, whose = _matrix_of(table)
+            matched = table.match(workload.prompts.reshape(-1))[0] >= 0
+            return {
+                "matched_share": round(float(matched.mean()), 3),
+                "matrix": whose,
+                "us_per_token": _measure_lookup(table, matrix, fgrams, workload),
+                "gather": _measure_gather(table, matrix, self.repeats),
+                "us_per_row_in_memory": self._measure_rows(table, path, workload.prompts),
+            }
+
+    def _facts(self, fgrams: FGramSet) -> dict[str, Any]:
+        return {
+            "benchmark": "lookup",
+            "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": " ".join(("scone", *sys.argv[1:])),
+            "num_rows": len(fgrams),
+            "num_made_up_rows": int((fgrams.counts < fgrams.min_count).sum()),
+            "dim": self.dim,
+            "row_bytes": 2 * self.dim,
+            "num_tokens": self.num_tokens,
+            "batch": self.batch,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _engram_folder(self) -> Path:
+        return self.work / f"engram-{self.num_rows}-{self.dim}"
+
+    def _measure_rows(self, table: FGramTable, path: Path, prompts: I64) -> dict[str, float]:
+        """The rows of a prompt's matches by id, all in memory or the page cache."""
+        ids = [_hits(table.match(prompt)[0]) for prompt in prompts]
+        out = torch.zeros(max(map(len, ids)), table.dim, dtype=table.dtype)
+        files = open_table_files(path)
+        sources: dict[str, RowSource] = {
+            "np_memmap": MemmapRows(files),
+            "torch_index_select": TorchFileRows(files),
+        }
+        if EngramRows.available():
+            EngramRows.write(self._engram_folder(), files)
+            sources["engramdb"] = EngramRows(self._engram_folder(), files)
+        with FGramTable.open(path) as mapped:
+            ways: dict[str, Way] = {
+                "ours_ram": lambda i: table.read_into(ids[i], out[: len(ids[i])]),
+                "ours_mmap": lambda i: mapped.read_into(ids[i], out[: len(ids[i])]),
+            }
+            for name, source in sources.items():
+                _check_rows(source.rows(ids[0]), table.rows(ids[0]), name)
+                ways[name] = lambda i, source=source: source.rows(ids[i])  # type: ignore[misc]
+            _medians(ways, len(ids))  # brings the rows into the page cache
+            seconds = _medians(ways, len(ids))
+        for source in sources.values():
+            source.close()
+        num_rows = statistics.median(map(len, ids))
+        return {name: round(1e6 * s / num_rows, 3) for name, s in seconds.items()}
 
 
-def match_with_dict(rows_by_key: dict[tuple[int, ...], int], tokens: Sequence[int]) -> list[int]:
-    """The paper's match: longest key first, one dict probe for each length."""
-    found = []
-    for end in range(1, len(tokens) + 1):
-        row = -1
-        for n in range(min(MAX_N, end), 1, -1):
-            row = rows_by_key.get(tuple(tokens[end - n : end]), -1)
-            if row >= 0:
-                break
-        found.append(row)
-    return found
-
-
-def _measure_match(
-    table: FGramTable,
-    rows_by_key: dict[tuple[int, ...], int],
-    tokens: NDArray[np.int64],
-    windows: NDArray[np.int32],
-    repeats: int,
-) -> dict[str, Any]:
-    texts = windows.tolist()
-    token_list = tokens.tolist()
-    _check(match_with_dict(rows_by_key, token_list), table.match(tokens)[0].tolist(), "dict")
-    long = _median(lambda: table.match(tokens), repeats)
-    long_dict = _median(lambda: match_with_dict(rows_by_key, token_list), 3)
-    step = _median(lambda: table.match_last(windows), 10 * repeats)
-    step_dict = _median(lambda: [_last_match(rows_by_key, text) for text in texts], 10 * repeats)
-    return {
-        "match_prompt": _beside(long, long_dict, "dict", len(tokens)),
-        "match_batch": _beside(step, step_dict, "dict", len(texts)),
-    }
-
-
-def _measure_rows(
-    table: FGramTable,
-    rows_by_key: dict[tuple[int, ...], int],
-    matrix: torch.Tensor,
-    tokens: NDArray[np.int64],
-    windows: NDArray[np.int32],
-    repeats: int,
-) -> dict[str, Any]:
-    out = torch.empty(len(tokens), table.dim, dtype=table.dtype)
-    token_list, texts = tokens.tolist(), windows.tolist()
-
-    def ours(ids: NDArray[np.int64]) -> None:
-        table.read_into(ids, out[: len(ids)])
-
-    def theirs(ids: list[int]) -> torch.Tensor:
-        return matrix.index_select(0, torch.tensor([row for row in ids if row >= 0], dtype=torch.int64))
-
-    long = _median(lambda: ours(table.match(tokens)[0]), repeats)
-    long_dict = _median(lambda: theirs(match_with_dict(rows_by_key, token_list)), 3)
-    step = _median(lambda: ours(table.match_last(windows)[0]), 10 * repeats)
-    step_dict = _median(lambda: theirs([_last_match(rows_by_key, text) for text in texts]), 10 * repeats)
-    random_ids = np.random.default_rng(0).integers(0, table.num_fgrams, len(tokens))
-    source, target = torch.ones_like(out), torch.empty_like(out)
-    gather, copy = _median(lambda: ours(random_ids), repeats), _median(lambda: target.copy_(source), repeats)
-    return {
-        "rows_prompt": _beside(long, long_dict, "dict_and_matrix", len(tokens)),
-        "rows_batch": _beside(step, step_dict, "dict_and_matrix", len(texts)),
-        "gather_random": _beside(gather, copy, "plain_copy", len(tokens)),
-    }
-
-
-def _measure_disk(
-    work: Path,
-    path: Path,
-    fgrams: FGramSet,
-    rows_by_key: dict[tuple[int, ...], int],
-    tokens: NDArray[np.int64],
-    repeats: int,
-) -> dict[str, Any]:
-    """A prompt's rows from a cold file: direct reads, a bare loop of them, mapped, one LMDB get per probe."""
-    direct = FGramTable.open(path, TableConfig(disk_reader="direct"))
-    mapped = FGramTable.open(path)
-    ids = direct.match(tokens)[0]
-    wanted = np.unique(ids[ids >= 0])
-    out = torch.empty(len(wanted), direct.dim, dtype=direct.dtype)
-    keys = [key for key, row in rows_by_key.items() if row in set(wanted.tolist())]
-    lmdb_path = _write_row_per_key(work / "paper.lmdb", keys, direct.rows([rows_by_key[key] for key in keys]))
-
-    def cold(action: Callable[[], object], file: Path) -> Seconds:
-        times = []
-        for _ in range(repeats):
-            _drop_from_page_cache(file)
-            started = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    rows_file = path / "rows.bin"
-    seconds = {
-        "direct": cold(lambda: direct.read_into(wanted, out), rows_file),
-        "bare_direct_loop": cold(_bare_loop(path, wanted, direct.manifest.row_bytes), rows_file),
-        "mmap": cold(lambda: mapped.read_into(wanted, out), rows_file),
-        "lmdb_get_per_probe": cold(lambda: _get_each(lmdb_path, keys), lmdb_path),
-    }
-    direct.close()
-    mapped.close()
-    return {name: round(len(wanted) / s) for name, s in seconds.items()}
-
-
-def _bare_loop(path: Path, row_ids: NDArray[np.int64], row_bytes: int) -> Callable[[], object]:
-    """The rows' pages read one by one at the same depth: no merging, checking or decoding."""
-    reader = DirectReader(open_table_files(path))
-    first = row_ids * row_bytes // CHECK_BYTES
-    last = ((row_ids + 1) * row_bytes - 1) // CHECK_BYTES
-    pages = np.unique(np.concatenate((first, last)))
-    places = np.arange(len(pages)) * CHECK_BYTES
-    buffer = reader._take_buffer(len(pages) * CHECK_BYTES)
-    sizes = np.full(len(pages), CHECK_BYTES, np.int64)
-    return lambda: reader._spans.read(pages * CHECK_BYTES + HEADER_BYTES, sizes, places, buffer)
-
-
-def _write_row_per_key(path: Path, keys: list[tuple[int, ...]], rows: torch.Tensor) -> Path:
-    """The paper's layout: the f-gram's token ids are the key, its row the value."""
-    stored = rows.view(torch.uint8).numpy()
-    items = sorted((np.array(key, ">u4").tobytes(), stored[i].tobytes()) for i, key in enumerate(keys))
-    with lmdb.open(str(path), subdir=False, map_size=stored.nbytes * 4 + (64 << 20), lock=False) as env:
-        with env.begin(write=True) as txn:
-            for key, value in items:
-                txn.put(key, value, append=True)
-        env.sync(True)
-    return path
-
-
-def _get_each(path: Path, keys: list[tuple[int, ...]]) -> int:
-    with (
-        lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False) as env,
-        env.begin() as txn,
-    ):
-        return sum(len(txn.get(np.array(key, ">u4").tobytes()) or b"") for key in keys)
-
-
-def _last_match(rows_by_key: dict[tuple[int, ...], int], tokens: list[int]) -> int:
-    for n in range(min(MAX_N, len(tokens)), 1, -1):
-        row = rows_by_key.get(tuple(tokens[-n:]))
-        if row is not None:
-            return row
-    return -1
-
-
-def _drop_from_page_cache(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
-def _beside(ours: Seconds, theirs: Seconds, rival: str, num_tokens: int) -> dict[str, float]:
-    return {
-        "ours": round(1e6 * ours / num_tokens, 4),
-        rival: round(1e6 * theirs / num_tokens, 4),
-        "times_faster": round(theirs / ours, 2),
-    }
-
-
-def _median(action: Callable[[], object], repeats: int) -> Seconds:
+def _measure_open(path: Path, repeats: int) -> float:
+    """Milliseconds to open the table when none of its files is in the page cache."""
     times = []
     for _ in range(repeats):
+        for file in path.iterdir():
+            drop_from_page_cache(file)
         started = time.perf_counter()
-        action()
+        FGramTable.open(path).close()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return round(1e3 * statistics.median(times), 2)
 
 
-def _check(theirs: list[int], ours: list[int], rival: str) -> None:
-    if theirs != ours:
-        raise CacheError(f"the {rival} matched other rows than the table: the measurement is void")
+def _measure_lookup(
+    table: FGramTable, matrix: Tensor, fgrams: FGramSet, workload: Workload
+) -> dict[str, dict[str, float]]:
+    """Match, then match and rows, of prompts and of decode steps, against the paper's recipe for RAM."""
+    rival = DictMatch(fgrams)
+    prompts, steps = workload.prompts, workload.steps
+    prompt_lists, step_lists = prompts.tolist(), steps.tolist()
+    for i in range(len(prompts)):
+        _check_match(rival.match(prompt_lists[i]), table.match(prompts[i])[0])
+    _check_match(rival.match_last(step_lists[0]), table.match_last(steps[0])[0])
+    out = torch.zeros(prompts.shape[1], table.dim, dtype=table.dtype)
+
+    def ours(ids: I64) -> None:
+        table.read_into(ids, out[: len(ids)])
+
+    def theirs(ids: list[int]) -> Tensor:
+        return matrix.index_select(0, torch.tensor([row for row in ids if row >= 0], dtype=torch.int64))
+
+    def beside(name: str, our_way: Way, their_way: Way, num: int, num_tokens: int) -> dict[str, float]:
+        seconds = _medians({"ours": our_way, name: their_way}, num)
+        return {
+            **{way: round(1e6 * s / num_tokens, 4) for way, s in seconds.items()},
+            "times_faster": round(seconds[name] / seconds["ours"], 2),
+        }
+
+    num_tokens, batch = prompts.shape[1], steps.shape[1]
+    return {
+        "match_prompt": beside(
+            "dict",
+            lambda i: table.match(prompts[i]),
+            lambda i: rival.match(prompt_lists[i]),
+            len(prompts),
+            num_tokens,
+        ),
+        "match_batch": beside(
+            "dict",
+            lambda i: table.match_last(steps[i]),
+            lambda i: rival.match_last(step_lists[i]),
+            len(steps),
+            batch,
+        ),
+        "rows_prompt": beside(
+            "dict_and_matrix",
+            lambda i: ours(table.match(prompts[i])[0]),
+            lambda i: theirs(rival.match(prompt_lists[i])),
+            len(prompts),
+            num_tokens,
+        ),
+        "rows_batch": beside(
+            "dict_and_matrix",
+            lambda i: ours(table.match_last(steps[i])[0]),
+            lambda i: theirs(rival.match_last(step_lists[i])),
+            len(steps),
+            batch,
+        ),
+    }
+
+
+def _matrix_of(table: FGramTable) -> tuple[Tensor, str]:
+    """All rows as one tensor, and whose memory it is."""
+    if table.num_fgrams * table.manifest.row_bytes > _MAX_MATRIX_BYTES:
+        assert table._ram is not None
+        matrix = torch.from_numpy(table._ram._data).view(table.dtype)
+        return matrix.view(-1, table.dim), "the RAM tier's, huge pages included: no room for a second copy"
+    return table.rows(np.arange(table.num_fgrams)), "torch's"
+
+
+def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str, Any]:
+    """Random rows of the RAM tier against a plain copy of as many bytes, same threads, touched buffers."""
+    num_rows = max(1, min(table.num_fgrams, _GATHER_BYTES // table.manifest.row_bytes))
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(0, table.num_fgrams, num_rows) for _ in range(2)]
+    out = torch.ones(num_rows, table.dim, dtype=table.dtype)
+    source = torch.ones_like(out)
+    target = torch.ones_like(out)
+    seconds = _medians(
+        {
+            "gather": lambda i: table.read_into(ids[i % 2], out),
+            "plain_copy": lambda i: target.copy_(source),
+            "torch_index_select": lambda i: torch.index_select(
+                matrix, 0, torch.from_numpy(ids[i % 2]), out=target
+            ),
+        },
+        repeats,
+    )
+    num_bytes = num_rows * table.manifest.row_bytes
+    return {
+        "num_rows": num_rows,
+        "gigabytes_per_second": {name: round(num_bytes / s / 1e9, 2) for name, s in seconds.items()},
+        "share_of_plain_copy": round(seconds["plain_copy"] / seconds["gather"], 3),
+    }
+
+
+def _medians(ways: dict[str, Way], num: int) -> dict[str, float]:
+    """Median seconds of each way over pieces 0 to num - 1, the ways taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(num):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way(i)
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _hits(row_ids: I64) -> I64:
+    return row_ids[row_ids >= 0]
+
+
+def _check_match(theirs: list[int], ours: I64) -> None:
+    if theirs != ours.tolist():
+        raise CacheError("the dict matched other rows than the table: nothing was measured")
+
+
+def _check_rows(theirs: object, ours: Tensor, rival: str) -> None:
+    content = theirs.numpy() if isinstance(theirs, Tensor) else theirs
+    if (content.tobytes() if isinstance(content, np.ndarray) else content) != ours.view(
+        torch.uint8
+    ).numpy().tobytes():
+        raise CacheError(f"{rival} gave other rows than the table: nothing was measured")
+
+
+def _processor() -> str:
+    """The processor's name as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine
+    )

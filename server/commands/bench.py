@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from scone.cache.lookup_benchmark import benchmark_lookup
+from scone.cache.lookup_benchmark import LookupBenchmark
+from scone.cache.lookup_workload import hold_out
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
-from scone.server.settings import Command, Resolved, Setting
+from scone.model_store.token_corpus import TokenCorpus
+from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 
 def run(settings: Resolved) -> int:
@@ -25,17 +28,29 @@ def _count(settings: Resolved) -> dict[str, Any]:
 
 
 def _lookup(settings: Resolved) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=settings.work, prefix="scone-bench-") as folder:
-        print(f"building a table in {folder}", file=sys.stderr)
-        return benchmark_lookup(
-            Path(folder),
+    if settings.corpus is None:
+        made_up = made_up_corpus(settings.corpus_tokens)
+        corpus, heldout = hold_out(made_up, settings.tokens * settings.repeats)
+    elif settings.heldout is None:
+        corpus, heldout = hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
+    else:
+        corpus, heldout = TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+    with ExitStack() as stack:
+        work = settings.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scone-bench-")))
+        work.mkdir(parents=True, exist_ok=True)
+        print(f"table and rivals' files: {work}", file=sys.stderr)
+        return LookupBenchmark(
+            work=work,
+            corpus=corpus,
+            heldout=heldout,
             num_rows=settings.rows,
+            min_count=settings.min_count,
             dim=settings.dim,
-            num_corpus_tokens=settings.corpus_tokens,
             num_tokens=settings.tokens,
             batch=settings.batch,
+            with_lmdb=settings.lmdb,
             repeats=settings.repeats,
-        )
+        ).run()
 
 
 COMMAND = Command(
@@ -47,11 +62,21 @@ COMMAND = Command(
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
         Setting(name="dim", kind=int, default=576, help="values in a row (bfloat16)"),
-        Setting(name="corpus_tokens", kind=int, default=20_000_000, help="made-up tokens to count"),
+        Setting(name="corpus", kind=Path, help="tokenised text to count f-grams in (.npz; default: made up)"),
+        Setting(name="heldout", kind=Path, help="other text to look up (default: the end of the corpus)"),
+        Setting(name="corpus_tokens", kind=int, default=20_000_000, help="made-up tokens, without a corpus"),
+        Setting(name="min_count", kind=int, default=5, help="f-grams rarer than this get no row"),
         Setting(name="tokens", kind=int, default=2048, help="tokens of the prompt"),
         Setting(name="batch", kind=int, default=16, help="sequences of a decode step"),
-        Setting(name="repeats", kind=int, default=30, help="measurements of each kind; medians count"),
-        Setting(name="work", kind=Path, help="folder for the table (default: the system's temporary one)"),
+        Setting(
+            name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
+        ),
+        Setting(name="repeats", kind=int, default=10, help="prompts to measure; medians count"),
+        Setting(
+            name="work",
+            kind=Path,
+            help="folder for the table, kept for other runs (default: a temporary one)",
+        ),
     ),
     run=run,
 )
