@@ -205,6 +205,13 @@ class FGramTable:
         except DamagedDataError as error:
             raise self._index_error(error) from None
 
+    def match_ends(self, sequences: list[list[int]]) -> Matches:
+        """As `match_last`, of whole sequences of token ids: the last `max_n` of each count."""
+        try:
+            return self._matcher.match_ends(sequences)
+        except DamagedDataError as error:
+            raise self._index_error(error) from None
+
     def rows(self, row_ids: Ids) -> Tensor:
         """(n, dim) rows in the table's dtype; those of id -1 are undefined. Raises as `read_into`."""
         ids = _row_id_array(row_ids)

@@ -8,6 +8,7 @@ relies on more fails for most seeds.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -123,7 +124,6 @@ class SimDevice:
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """NaN, or a number that no index survives."""
-    if dtype.is_floating_point:
-        return torch.full(shape, torch.nan, dtype=dtype)
-    return torch.full(shape, torch.iinfo(dtype).max, dtype=dtype)
+    """All bits set: NaN as a float of any width, -1 as an index."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.full((num_bytes,), 0xFF, dtype=torch.uint8).view(dtype).view(shape)

@@ -17,15 +17,18 @@ I7  a fill that fails leaves its slot FREE and usable.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import Buffer, Device, Event, Stream
+from scone.cache.device import Device, Event, Stream
+
+_ALIGNMENT = 256
+"""Where rows may begin: what wide loads of any device want."""
 
 
 class SlotState(Enum):
@@ -35,23 +38,49 @@ class SlotState(Enum):
     IN_USE = "in use"
 
 
-@dataclass(eq=False, slots=True)
+class _Views(NamedTuple):
+    """The parts of a slot that n rows take."""
+
+    host_rows: Tensor
+    device_rows: Tensor
+    device_places: Tensor
+    host_bytes: Tensor
+    device_bytes: Tensor
+
+
 class Slot:
-    """One slot; everything but the numbers and `state` is allocated once.
+    """One slot. Its memory is one block, so that one copy moves it: places (int64), then rows.
 
     Attributes:
-        rows: (max_rows, dim).
-        places: (max_rows,) int64: where the model wants the rows.
         row_ids: (max_rows,) int64: what the rows are.
+        places: (max_rows,) int64, the host's: where the model wants the rows.
     """
 
-    rows: Buffer
-    places: Buffer
-    row_ids: NDArray[np.int64]
-    copied: Event
-    consumed: Event
-    num_rows: int = 0
-    state: SlotState = SlotState.FREE
+    def __init__(self, device: Device, max_rows: int, dim: int, dtype: torch.dtype) -> None:
+        self._dim, self._dtype = dim, dtype
+        self._rows_at = -(-max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
+        self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
+        self._views: dict[int, _Views] = {}
+        self.row_ids = np.full(max_rows, -1, np.int64)
+        self.places = self._memory.host[: max_rows * 8].view(torch.int64).numpy()
+        self.copied: Event = device.event()
+        self.consumed: Event = device.event()
+        self.num_rows = 0
+        self.state = SlotState.FREE
+
+    def views(self) -> _Views:
+        """Those of `num_rows` rows; made once for each number."""
+        if self.num_rows not in self._views:
+            end = self._rows_at + self.num_rows * self._dim * self._dtype.itemsize
+            host, device = self._memory.host[:end], self._memory.device[:end]
+            self._views[self.num_rows] = _Views(
+                host_rows=host[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
+                device_rows=device[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
+                device_places=device[: self.num_rows * 8].view(torch.int64),
+                host_bytes=host,
+                device_bytes=device,
+            )
+        return self._views[self.num_rows]
 
 
 class StagingRing:
@@ -67,16 +96,7 @@ class StagingRing:
         if num_slots < 3:
             raise ValueError(f"num_slots is {num_slots}, wanted at least 3")
         self._device = device
-        self._slots = [
-            Slot(
-                rows=device.buffer((max_rows, dim), dtype),
-                places=device.buffer((max_rows,), torch.int64),
-                row_ids=np.full(max_rows, -1, np.int64),
-                copied=device.event(),
-                consumed=device.event(),
-            )
-            for _ in range(num_slots)
-        ]
+        self._slots = [Slot(device, max_rows, dim, dtype) for _ in range(num_slots)]
 
     @property
     def num_in_use(self) -> int:
@@ -99,20 +119,20 @@ class StagingRing:
         slot = next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
         if slot is None:
             return None  # I6
-        num_rows = slot.num_rows = len(row_ids)
-        slot.row_ids[:] = -1  # I4: until all went well this slot stands for nothing
         self._device.synchronize(slot.copied)  # I1
+        num_rows = slot.num_rows = len(row_ids)
         slot.state = SlotState.FILLING
         try:
-            read(slot.rows.host[:num_rows])
-            slot.places.host[:num_rows] = torch.from_numpy(places)
-            self._queue_copies(slot)
+            read(slot.views().host_rows)
+            slot.places[:num_rows] = places
+            self._queue_copy(slot)
         except BaseException:
             slot.state = SlotState.FREE  # I7
             raise
-        slot.row_ids[:num_rows] = row_ids
+        slot.row_ids[:num_rows] = row_ids  # I4: only now the slot stands for them
         slot.state = SlotState.READY
-        self._slots.append(self._slots.pop(self._slots.index(slot)))  # the longest unused is taken next
+        self._slots.remove(slot)
+        self._slots.append(slot)  # the longest unused is taken next
         return slot
 
     def use(self, slot: Slot, row_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -125,7 +145,8 @@ class StagingRing:
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE
-        return slot.rows.device[: slot.num_rows], slot.places.device[: slot.num_rows]
+        views = slot.views()
+        return views.device_rows, views.device_places
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back, used or not; work launched so far may still read it."""
@@ -133,10 +154,8 @@ class StagingRing:
         if was_in_use:
             self._device.record(slot.consumed, Stream.COMPUTE)
 
-    def _queue_copies(self, slot: Slot) -> None:
+    def _queue_copy(self, slot: Slot) -> None:
+        views = slot.views()
         self._device.wait(Stream.COPY, slot.consumed)  # I2
-        try:
-            for buffer in (slot.rows, slot.places):
-                self._device.copy_to_device(buffer.device[: slot.num_rows], buffer.host[: slot.num_rows])
-        finally:
-            self._device.record(slot.copied, Stream.COPY)  # also of what was queued before a failure
+        self._device.copy_to_device(views.device_bytes, views.host_bytes)
+        self._device.record(slot.copied, Stream.COPY)

@@ -108,6 +108,21 @@ class Matcher:
         _raise_fault(self._native.match_last(windows, rows, lengths))
         return rows, lengths
 
+    def match_ends(self, sequences: list[list[int]]) -> Matches:
+        """As `match_last`, of whole sequences of token ids, without windows to be made first.
+
+        Raises:
+            DamagedDataError: a bucket does not fit its check bits or cannot be read.
+        """
+        if self._native is None:
+            width = self._index.max_n
+            windows = [[-1] * (width - len(tokens)) + tokens[-width:] for tokens in sequences]
+            return self.match_last(np.array(windows, np.int64).reshape(len(sequences), width))
+        rows = np.empty(len(sequences), np.int64)
+        lengths = np.empty(len(sequences), np.int8)
+        _raise_fault(self._native.match_ends(sequences, rows, lengths))
+        return rows, lengths
+
     def _counted(self, matches: Matches) -> Matches:
         self._num_matched += np.bincount(matches[1], minlength=MAX_N + 1)
         return matches

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "fault_guard.hpp"
 #include "fgram_hash.hpp"
@@ -163,8 +164,41 @@ class Matcher {
         if (batch > 0 && width > 1 && windows.stride(1) != 1)
             throw std::invalid_argument("the tokens of a window must lie side by side");
         nb::gil_scoped_release unlocked;
-        const Token* data = windows.data();
-        int64_t stride = windows.stride(0), longest = std::min<int64_t>(width, index_.max_n);
+        return match_windows(windows.data(), windows.stride(0), batch, width, rows.data(), lengths.data());
+    }
+
+    // Matches the last position of each sequence, a list of token ids.
+    int64_t match_ends(nb::list sequences, Out1<int64_t> rows, Out1<int8_t> lengths) const {
+        size_t batch = nb::len(sequences), width = size_t(index_.max_n);
+        if (rows.size() != batch || lengths.size() != batch)
+            throw std::invalid_argument("sequences, rows and lengths differ in size");
+        std::vector<int64_t> windows(batch * width, -1);
+        for (size_t i = 0; i < batch; i++) {
+            nb::list tokens = nb::cast<nb::list>(sequences[i]);
+            size_t size = nb::len(tokens), num = std::min(size, width);
+            for (size_t k = 0; k < num; k++)
+                windows[(i + 1) * width - num + k] = nb::cast<int64_t>(tokens[size - num + k]);
+        }
+        nb::gil_scoped_release unlocked;
+        return match_windows(windows.data(), int64_t(width), int64_t(batch), int64_t(width), rows.data(),
+                             lengths.data());
+    }
+
+  private:
+    // Other threads count into the same numbers.
+    int64_t counted(int64_t fault, const int8_t* lengths, int64_t n) const {
+        if (fault != kNoFault) return fault;
+        int64_t found[kMaxN + 1] = {};
+        for (int64_t i = 0; i < n; i++) found[lengths[i]]++;
+        for (int k = 1; k <= kMaxN; k++)
+            if (found[k] != 0) __atomic_fetch_add(&counts_[k], found[k], __ATOMIC_RELAXED);
+        return fault;
+    }
+
+    template <class Token>
+    int64_t match_windows(const Token* data, int64_t stride, int64_t batch, int64_t width, int64_t* rows,
+                          int8_t* lengths) const {
+        int64_t longest = std::min<int64_t>(width, index_.max_n);
         int64_t fault = kNoFault;
         bool readable = guarded([&] {
             Block block;
@@ -177,21 +211,10 @@ class Matcher {
                     block.reach[i] = uint8_t(reach);
                 }
                 auto token = [&](int64_t i, int back) { return uint32_t(newest[i * stride - back]); };
-                fault = match_block<false>(index_, block, size, token, rows.data() + begin, lengths.data() + begin);
+                fault = match_block<false>(index_, block, size, token, rows + begin, lengths + begin);
             }
         });
-        return counted(readable ? fault : kPageFault, lengths.data(), batch);
-    }
-
-  private:
-    // Other threads count into the same numbers.
-    int64_t counted(int64_t fault, const int8_t* lengths, int64_t n) const {
-        if (fault != kNoFault) return fault;
-        int64_t found[kMaxN + 1] = {};
-        for (int64_t i = 0; i < n; i++) found[lengths[i]]++;
-        for (int k = 1; k <= kMaxN; k++)
-            if (found[k] != 0) __atomic_fetch_add(&counts_[k], found[k], __ATOMIC_RELAXED);
-        return fault;
+        return counted(readable ? fault : kPageFault, lengths, batch);
     }
 
     template <class Token>
@@ -234,7 +257,9 @@ void register_match(nb::module_& m) {
         .def("match_last", &Matcher::match_last<int32_t>, nb::arg("windows").noconvert(),
              nb::arg("rows").noconvert(), nb::arg("lengths").noconvert())
         .def("match_last", &Matcher::match_last<int64_t>, nb::arg("windows").noconvert(),
-             nb::arg("rows").noconvert(), nb::arg("lengths").noconvert());
+             nb::arg("rows").noconvert(), nb::arg("lengths").noconvert())
+        .def("match_ends", &Matcher::match_ends, nb::arg("sequences"), nb::arg("rows").noconvert(),
+             nb::arg("lengths").noconvert());
 }
 
 }  // namespace scone

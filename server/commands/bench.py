@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,15 @@ from scone.cache.lookup_workload import hold_out
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
+from scone.server.errors import SettingError
+from scone.server.model_benchmark import ModelBenchmark
+from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
 from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 
 def run(settings: Resolved) -> int:
-    print(json.dumps({"lookup": _lookup, "count": _count}[settings.what](settings)))
+    measure = {"lookup": _lookup, "count": _count, "prefill": _prefill, "decode": _decode}
+    print(json.dumps(measure[settings.what](settings)))
     return 0
 
 
@@ -35,10 +43,7 @@ def _lookup(settings: Resolved) -> dict[str, Any]:
         corpus, heldout = hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
     else:
         corpus, heldout = TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
-    with ExitStack() as stack:
-        work = settings.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scone-bench-")))
-        work.mkdir(parents=True, exist_ok=True)
-        print(f"table and rivals' files: {work}", file=sys.stderr)
+    with _work_folder(settings) as work:
         return LookupBenchmark(
             work=work,
             corpus=corpus,
@@ -53,12 +58,69 @@ def _lookup(settings: Resolved) -> dict[str, Any]:
         ).run()
 
 
+def _prefill(settings: Resolved) -> dict[str, Any]:
+    result = _described("prefill", settings)
+    with _workload(settings) as workload:
+        result["simulated"] = benchmark_prefill(workload, num_prompts=8, repeats=settings.repeats)
+    if settings.model is not None:
+        with ModelBenchmark(settings.model, settings.table, settings.text) as benchmark:
+            result["model"] = benchmark.prefill(settings.repeats)
+    return result
+
+
+def _decode(settings: Resolved) -> dict[str, Any]:
+    result = _described("decode", settings)
+    with _workload(settings) as workload:
+        result["simulated"] = benchmark_decode(workload, num_steps=settings.steps, repeats=settings.repeats)
+    if settings.model is not None:
+        with ModelBenchmark(settings.model, settings.table, settings.text) as benchmark:
+            result["model"] = benchmark.decode(settings.repeats)
+    return result
+
+
+@contextmanager
+def _workload(settings: Resolved) -> Iterator[Workload]:
+    with _work_folder(settings) as work:
+        yield make_workload(
+            work,
+            num_rows=settings.rows,
+            dim=settings.dim,
+            num_corpus_tokens=settings.corpus_tokens,
+        )
+
+
+def _described(name: str, settings: Resolved) -> dict[str, Any]:
+    if settings.model is not None and (settings.table is None or settings.text is None):
+        raise SettingError("model is given without table or text: wanted all three, or none of them")
+    return {
+        "benchmark": name,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.now(UTC).date().isoformat(),
+        "rows": settings.rows,
+        "dim": settings.dim,
+        "repeats": settings.repeats,
+    }
+
+
+@contextmanager
+def _work_folder(settings: Resolved) -> Iterator[Path]:
+    with ExitStack() as stack:
+        work = settings.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scone-bench-")))
+        work.mkdir(parents=True, exist_ok=True)
+        print(f"table and other files: {work}", file=sys.stderr)
+        yield work
+
+
 COMMAND = Command(
     name="bench",
-    help="measure look-up or counting beside rivals; the last line is JSON",
+    help="measure look-up, counting, prefill or decode; the last line is JSON",
     settings=(
         Setting(
-            name="what", positional=True, required=True, choices=("lookup", "count"), help="what to measure"
+            name="what",
+            positional=True,
+            required=True,
+            choices=("lookup", "count", "prefill", "decode"),
+            help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
         Setting(name="dim", kind=int, default=576, help="values in a row (bfloat16)"),
@@ -71,7 +133,11 @@ COMMAND = Command(
         Setting(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
         ),
-        Setting(name="repeats", kind=int, default=10, help="prompts to measure; medians count"),
+        Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
+        Setting(name="model", help="prefill, decode: a model to measure too, with its table and without"),
+        Setting(name="table", help="the table of that model"),
+        Setting(name="text", kind=Path, help="a text file to prompt that model with"),
+        Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(
             name="work",
             kind=Path,

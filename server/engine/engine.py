@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scone.cache.device import Device
 from scone.cache.fgram_table import FGramTable
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
-from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.model_runner import ModelRunner, Runner
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
@@ -57,21 +58,22 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        decoder: Decoder,
+        model: Decoder | Runner,
         tokenizer: Tokenizer,
         table: FGramTable | None,
         model_hash: str,
         *,
         observer: EngineObserver | None = None,
+        device: Device | None = None,
     ) -> None:
         """The table stays the caller's to close, after `shutdown`; nothing of the decoder is kept but what
-        the backend needs. Raises SettingError for settings that this machine or model cannot do.
+        the backend needs. `device` stages the table's rows; without one, the model's own does. Raises
+        SettingError for settings that this machine or model cannot do.
         """
         self.config = config
-        self._vocab_size = decoder.config.vocab_size
-        self._core = EngineCore(
-            config, ModelRunner(decoder, config), tokenizer, model_hash, observer or SilentObserver()
-        )
+        runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
+        self._vocab_size = runner.vocab_size
+        self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table)

@@ -26,7 +26,7 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
 from scone.server.engine.input_rows import InputRows
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.model_runner import Runner
 from scone.server.engine.observer import EngineObserver, StepStats
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.prefix_cache import root_hash
@@ -47,7 +47,7 @@ class EngineCore:
     def __init__(
         self,
         config: EngineConfig,
-        runner: ModelRunner,
+        runner: Runner,
         tokenizer: Tokenizer,
         model_hash: str,
         observer: EngineObserver,
@@ -70,6 +70,8 @@ class EngineCore:
             max_model_len=config.max_model_len,
         )
         self._generations: dict[scheduler.Sequence, Generation] = {}
+        self._step_seconds = 0.0  # of the last step, without waiting for rows
+        self._reading: set[Generation] = set()  # those with rows that were not there when last looked
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +99,7 @@ class EngineCore:
         if run.input_rows is not None:
             try:
                 generation.rows = run.input_rows.match(request.input_ids)
+                self._note_rows(generation)
             except RowReadError as error:
                 self._fail(generation, str(error))
             except Exception:
@@ -112,13 +115,16 @@ class EngineCore:
         began = time.monotonic()
         self._stage_waiting()
         self._poll_rows()
+        self._await_rows()
         schedule = scheduler.schedule(self.state)
         self._settle(schedule)
         chunks = schedule.chunks
         if chunks:
             try:
+                advanced = time.monotonic()
                 with torch.inference_mode():
                     self._advance(chunks)
+                self._step_seconds = time.monotonic() - advanced
             except Exception:
                 logger.exception("a step over %d sequences failed; they are ended", len(chunks))
                 for chunk in chunks:
@@ -144,6 +150,7 @@ class EngineCore:
         if generation.rows is not None and generation.run.input_rows is not None:
             try:
                 generation.run.input_rows.stage(generation.rows, start)
+                self._note_rows(generation)
             except Exception:
                 logger.exception(
                     "request %s: its rows cannot be asked for", generation.run.request.request_id
@@ -151,19 +158,46 @@ class EngineCore:
                 self._fail(generation, "internal error while asking for f-gram rows")
 
     def _poll_rows(self) -> None:
-        for seq, generation in self._generations.items():
-            if generation.rows is None:
-                seq.ready_from, seq.ready_to = 0, sys.maxsize
-            else:
-                seq.ready_from, seq.ready_to = generation.rows.ready_range()
+        for generation in list(self._reading):
+            self._note_rows(generation)
+
+    def _await_rows(self) -> None:
+        """Waits for rows of decoding sequences, no longer than leaving them out of the step would cost.
+
+        Left out, they stand idle for a step: their share of it is lost. Each row is waited for once.
+        """
+        awaited = [g for g in self._reading if not g.was_awaited and g.seq.num_uncomputed_tokens == 1]
+        if not awaited:
+            return
+        share = len(awaited) / max(1, len(self.state.running))
+        deadline = time.monotonic() + share * self._step_seconds
+        for generation in awaited:
+            generation.was_awaited = True
+            assert generation.rows is not None
+            generation.rows.wait(deadline - time.monotonic())
+            self._note_rows(generation)
+
+    def _note_rows(self, generation: Generation) -> None:
+        """Tells the scheduler which inputs of a sequence have their rows; to be called when that changes."""
+        seq, rows = generation.seq, generation.rows
+        if rows is None:
+            seq.ready_from, seq.ready_to = 0, sys.maxsize
+            return
+        seq.ready_from, seq.ready_to = rows.ready_range()
+        if rows.reads and seq.ready_to != sys.maxsize:
+            self._reading.add(generation)
+        else:
+            self._reading.discard(generation)
+            generation.was_awaited = False
 
     def _settle(self, schedule: Schedule) -> None:
         """Follows up what the scheduler decided: reads to give up, reads to issue, times to note."""
         now = time.monotonic()
         for seq in schedule.preempted:
-            rows = self._generations[seq].rows
-            if rows is not None:
-                rows.cancel()
+            generation = self._generations[seq]
+            if generation.rows is not None:
+                generation.rows.cancel()
+                self._note_rows(generation)
         for seq in schedule.starved:
             generation = self._generations[seq]
             if generation.starved_since is None:
@@ -179,11 +213,14 @@ class EngineCore:
 
     def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
-        chunks = self._end_unreadable(chunks, self._read_error)
+        rows = [self._generations[chunk.seq].rows for chunk in chunks]
+        if any([r is not None and r.reads for r in rows]):
+            chunks = self._end_unreadable(chunks, self._read_error)
         while chunks:
+            rows = [self._generations[chunk.seq].rows for chunk in chunks]
             embeddings = self._runner.embed(chunks)
             try:
-                self._lay_rows(chunks, embeddings)
+                self.overlay.lay(rows, chunks, embeddings)
                 return chunks, embeddings
             except RowReadError as error:  # a row in memory is damaged: find out whose
                 readable = self._end_unreadable(chunks, self._gather_error)
@@ -191,16 +228,6 @@ class EngineCore:
                     raise RowReadError(f"rows cannot be read together: {error}") from None
                 chunks = readable
         return [], torch.empty(0)
-
-    def _lay_rows(self, chunks: list[Chunk], embeddings: Tensor) -> None:
-        generations = [self._generations[chunk.seq] for chunk in chunks]
-        for source in {g.run.input_rows for g in generations}:  # several only while a table is swapped
-            if source is not None:
-                parts = [
-                    (g.rows if g.run.input_rows is source else None, chunk.start, chunk.num_tokens)
-                    for g, chunk in zip(generations, chunks, strict=True)
-                ]
-                self.overlay.lay(source, parts, embeddings)
 
     def _end_unreadable(
         self, chunks: list[Chunk], error_of: Callable[[Generation, Chunk], RowReadError | None]
@@ -214,13 +241,11 @@ class EngineCore:
 
     def _read_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
         rows = generation.rows
-        return rows.error(chunk.start, chunk.start + chunk.num_tokens) if rows and rows.reads else None
+        return None if rows is None else rows.error(chunk.start, chunk.start + chunk.num_tokens)
 
     def _gather_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
-        if generation.rows is None or generation.run.input_rows is None:
-            return None
-        part = (generation.rows, chunk.start, chunk.num_tokens)
-        return generation.run.input_rows.gather_error(part)
+        rows = generation.rows
+        return None if rows is None else rows.source.gather_error((rows, chunk.start, chunk.num_tokens))
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -290,6 +315,9 @@ class EngineCore:
             if blocks is not None:
                 copies += blocks
                 started.append(sibling)
+            elif sibling.rows is not None:
+                sibling.rows.cancel()  # it computes the prompt itself
+            self._note_rows(sibling)
         self._runner.copy_blocks(copies)
         return started
 
@@ -341,21 +369,24 @@ class EngineCore:
 
     def _extend_rows(self, generations: Sequence[Generation]) -> None:
         """Matches the newest tokens and asks for their rows: one match and one read per table."""
-        by_table: dict[InputRows, list[Generation]] = {}
-        for generation in generations:
-            if generation.run.input_rows is not None:
-                by_table.setdefault(generation.run.input_rows, []).append(generation)
-        for table, group in by_table.items():
-            try:
-                table.extend([(g.rows, g.seq.token_ids) for g in group if g.rows is not None])
-            except RowReadError:  # some page of the index is damaged: find out whose
-                for generation in group:
-                    self._extend_alone(table, generation)
+        for source in {g.run.input_rows for g in generations}:
+            if source is not None:
+                group = [g for g in generations if g.run.input_rows is source]
+                try:
+                    self._extend_group(source, group)
+                except RowReadError:  # some page of the index is damaged: find out whose
+                    for generation in group:
+                        self._extend_alone(source, generation)
 
-    def _extend_alone(self, table: InputRows, generation: Generation) -> None:
-        assert generation.rows is not None
+    def _extend_group(self, source: InputRows, group: Sequence[Generation]) -> None:
+        rows = [g.rows for g in group if g.rows is not None]
+        if source.extend(rows, [g.seq.token_ids for g in group]):
+            for generation in group:
+                self._note_rows(generation)
+
+    def _extend_alone(self, source: InputRows, generation: Generation) -> None:
         try:
-            table.extend([(generation.rows, generation.seq.token_ids)])
+            self._extend_group(source, [generation])
         except RowReadError as error:
             self._fail(generation, str(error))
 
@@ -386,6 +417,7 @@ class EngineCore:
     def _close(self, generation: Generation, *, forget: bool = False) -> None:
         """Gives back everything a sequence holds."""
         del self._generations[generation.seq]
+        self._reading.discard(generation)
         if generation.rows is not None:
             generation.rows.cancel()
         if generation.seq.status is not Status.FINISHED:
@@ -427,6 +459,7 @@ class EngineCore:
         )
         run.generations.append(generation)
         self._generations[seq] = generation
+        self._note_rows(generation)
         return generation
 
     def _count_prompt_tokens(self, run: RequestRun, num_computed_tokens: int) -> None:

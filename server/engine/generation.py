@@ -78,6 +78,7 @@ class Generation:
     first_token_at: float | None = None
     last_token_at: float = 0.0
     starved_since: float | None = None
+    was_awaited: bool = False
     is_first_delta: bool = True
 
     @property

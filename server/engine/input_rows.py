@@ -9,6 +9,7 @@ next: a sequence that is preempted, forked or started from cached blocks is read
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ class PendingRows(Protocol):
     @property
     def row_ids(self) -> NDArray[np.int64]: ...
     def ready(self) -> bool: ...
+    def wait(self, timeout: float) -> bool: ...
     def error(self, begin: int, end: int) -> RowReadError | None: ...
     def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None: ...
     def cancel(self, begin: int, end: int) -> None: ...
@@ -53,7 +55,7 @@ class Table(Protocol):
     @property
     def dim(self) -> int: ...
     def match(self, input_ids: NDArray[np.int32]) -> tuple[Any, Any]: ...
-    def match_last(self, windows: NDArray[np.int32]) -> tuple[Any, Any]: ...
+    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]: ...
     def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
     def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
 
@@ -79,10 +81,12 @@ class SequenceRows:
     """Row ids of one sequence's inputs (-1: none) and the reads under way.
 
     Attributes:
+        source: where the rows come from.
         staged_from: the rows of all inputs from here on have been asked for; None: of no input.
         reads: those of them that may have to be waited for, in the order of their inputs.
     """
 
+    source: InputRows
     row_ids: list[int]
     staged_from: int | None = None
     reads: list[_Read] = field(default_factory=list)
@@ -96,6 +100,12 @@ class SequenceRows:
                 return self.staged_from, read.start
         return self.staged_from, sys.maxsize
 
+    def wait(self, seconds: float) -> None:
+        """Waits for the rows under way, at most so long."""
+        deadline = time.monotonic() + seconds
+        for read in self.reads:
+            read.pending.wait(max(0.0, deadline - time.monotonic()))
+
     def error(self, start: int, end: int) -> RowReadError | None:
         """Why the rows of some of inputs [start, end) could not be read ahead, if so."""
         for read in self.reads:
@@ -104,8 +114,8 @@ class SequenceRows:
         return None
 
     def fork(self) -> SequenceRows:
-        """The same inputs, with nothing asked for yet."""
-        return SequenceRows(self.row_ids.copy())
+        """The same inputs, all of them computed."""
+        return SequenceRows(self.source, self.row_ids.copy(), staged_from=len(self.row_ids))
 
     def drop_before(self, position: int) -> None:
         """Forgets what was read for inputs that are computed."""
@@ -143,7 +153,7 @@ class InputRows:
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
         row_ids, _ = self.table.match(np.asarray(input_ids, dtype=np.int32))
-        return SequenceRows(np.asarray(row_ids).tolist())
+        return SequenceRows(self, np.asarray(row_ids).tolist())
 
     def stage(self, rows: SequenceRows, start: int) -> None:
         """Issues the reads of all inputs from `start` on, unless they are under way."""
@@ -159,32 +169,33 @@ class InputRows:
                 rows.reads.append(_Read(start, end, pending, 0))
             start = end
 
-    def extend(self, batch: Sequence[tuple[SequenceRows, Sequence[int]]]) -> None:
-        """Matches the newest token of each sequence (rows, token ids) and asks for all rows at once.
+    def extend(self, batch: Sequence[SequenceRows], token_ids: list[list[int]]) -> bool:
+        """Matches the newest token of each sequence and asks for all their rows at once.
 
-        Only sequences whose own row may have to be waited for will wait.
+        Returns:
+            Whether any row may have to be waited for: then only by its own sequence.
         """
-        max_n = self.table.max_n
-        windows = np.full((len(batch), max_n), -1, dtype=np.int32)
-        for i, (_, token_ids) in enumerate(batch):
-            window = token_ids[-max_n:]
-            windows[i, max_n - len(window) :] = window
-        row_ids = np.asarray(self.table.match_last(windows)[0])
-        for (rows, token_ids), row_id in zip(batch, row_ids.tolist(), strict=True):
+        row_ids = self.table.match_ends(token_ids)[0]
+        for rows, row_id in zip(batch, row_ids.tolist(), strict=True):
             rows.row_ids.append(row_id)
-            if rows.staged_from is None:
-                rows.staged_from = len(token_ids) - 1
         pending = self._source.submit(row_ids, apart=True)
-        if pending is not None:
-            for i in np.flatnonzero(pending.row_ids >= 0).tolist():
-                rows, token_ids = batch[i]
-                rows.reads.append(_Read(len(token_ids) - 1, len(token_ids), pending, i))
+        if pending is None:
+            return False
+        for i in np.flatnonzero(pending.row_ids >= 0).tolist():
+            num_inputs = len(token_ids[i])
+            batch[i].reads.append(_Read(num_inputs - 1, num_inputs, pending, i))
+        return True
 
     def row_ids(self, parts: Sequence[Part]) -> NDArray[np.int64]:
         """(num_inputs,) int64, the parts' inputs one after the other; -1 where there is no row."""
         row_ids: list[int] = []
         for rows, start, num_inputs in parts:
-            row_ids += [-1] * num_inputs if rows is None else rows.row_ids[start : start + num_inputs]
+            if rows is None:
+                row_ids += [-1] * num_inputs
+            elif num_inputs == 1:
+                row_ids.append(rows.row_ids[start])
+            else:
+                row_ids += rows.row_ids[start : start + num_inputs]
         return np.array(row_ids, np.int64)
 
     def gather(

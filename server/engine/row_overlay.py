@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import StagingRing
-from scone.server.engine.input_rows import InputRows, Part
+from scone.server.engine.input_rows import InputRows, Part, SequenceRows
+from scone.server.engine.scheduler import Chunk
 
 
 class RowOverlay:
@@ -26,26 +26,35 @@ class RowOverlay:
         self.device = device
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
 
-    def lay(self, source: InputRows, parts: Sequence[Part], embeddings: Tensor) -> None:
+    def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         """Replaces the embeddings of inputs that have a row; done when work launched later runs.
 
         Args:
-            parts: the whole step; their rows must be ready and without error.
-            embeddings: (num_inputs, dim) on the device, the parts' inputs one after the other.
+            rows: of each chunk's sequence; they must be ready and without error.
+            embeddings: (num_inputs, dim) on the device, the chunks' inputs one after the other.
 
         Raises:
-            RowReadError: a row in memory is damaged or gone; nothing was laid.
+            RowReadError: a row in memory is damaged or gone; nothing may have been laid.
         """
+        sources = {r.source for r in rows if r is not None}  # several only while a table is swapped
+        for source in sources:
+            parts = [
+                (r if r is None or r.source is source else None, chunk.start, chunk.num_tokens)
+                for r, chunk in zip(rows, chunks, strict=True)
+            ]
+            self._lay(source, parts, embeddings)
+
+    def _lay(self, source: InputRows, parts: Sequence[Part], embeddings: Tensor) -> None:
         row_ids = source.row_ids(parts)
-        places = np.flatnonzero(row_ids >= 0)
+        places = (row_ids >= 0).nonzero()[0]
         if not len(places):
             return
         wanted = row_ids[places]
         slot = self.ring.fill(wanted, places, partial(source.gather, parts, wanted, places))
         assert slot is not None, "each step gives its slot back"
         try:
-            rows, device_places = self.ring.use(slot, wanted)
-            self.device.launch(partial(embeddings.index_copy_, 0, device_places, rows))
+            staged, device_places = self.ring.use(slot, wanted)
+            self.device.launch(partial(embeddings.index_copy_, 0, device_places, staged))
         finally:
             self.ring.release(slot)
 

@@ -60,6 +60,10 @@ class Sequence:
     def age_key(self) -> tuple[int, int]:
         return (self.arrival, self.index)
 
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
     def num_runnable_tokens(self) -> int:
         """Tokens that could be computed now if only rows mattered."""
         if self.ready_from > self.num_computed_tokens:
@@ -205,7 +209,7 @@ def _serving_order(state: SchedulerState) -> Iterator[Sequence]:
     """Running sequences: decoding ones first, so that long prompts do not hold them up."""
     prefilling = []
     for seq in list(state.running):
-        if len(seq.token_ids) - seq.num_computed_tokens == 1:
+        if seq.num_uncomputed_tokens == 1:
             yield seq
         else:
             prefilling.append(seq)

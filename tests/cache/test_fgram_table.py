@@ -86,10 +86,14 @@ def test_inputs_may_be_lists_arrays_or_tensors(
             windows[i, 5 - len(history) :] = history
         np.testing.assert_array_equal(table.match_last(windows)[0], ids)
         np.testing.assert_array_equal(table.match_last(torch.from_numpy(windows))[1], lengths)
+        histories = [tokens[: i + 1].tolist() for i in range(40)]
+        np.testing.assert_array_equal(table.match_ends(histories)[0], ids)
+        np.testing.assert_array_equal(table.match_ends(histories)[1], lengths)
+        assert table.match_ends([])[0].shape == (0,)
         assert table.match([])[0].shape == (0,)
         assert table.match_last(np.empty((0, 5), np.int32))[0].shape == (0,)
         assert table.rows([]).shape == (0, DIM)
-        assert sum(table.stats.lookups.values()) == 40 * 7
+        assert sum(table.stats.lookups.values()) == 40 * 9
         assert set(table.stats.lookups) == set(lengths.tolist())
 
 

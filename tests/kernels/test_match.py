@@ -104,6 +104,8 @@ def test_last_of_each_window_equals_the_whole(
     # sliding windows overlap in memory: strides other than the width
     rows, lengths = matcher.match_last(np.lib.stride_tricks.sliding_window_view(padded, width))
     expected = matcher.match(tokens)
+    ends = matcher.match_ends([tokens[: i + 1].tolist() for i in range(len(tokens))])
+    np.testing.assert_array_equal(ends, expected)
     if width >= zipf_index.max_n:
         np.testing.assert_array_equal(rows, expected[0])
         np.testing.assert_array_equal(lengths, expected[1])

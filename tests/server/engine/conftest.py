@@ -79,6 +79,7 @@ class DictTable:
         self.held: set[int] | None = set()
         self.num_read = 0
         self.num_cancelled = 0
+        self.waits: list[float] = []
 
     @property
     def is_held(self) -> bool:
@@ -99,9 +100,8 @@ class DictTable:
         ids = input_ids.tolist()
         return np.array([self.longest(ids[: i + 1]) for i in range(len(ids))], dtype=np.int64), None
 
-    def match_last(self, windows: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        found = [self.longest([t for t in window if t >= 0]) for window in windows.tolist()]
-        return np.array(found, dtype=np.int64), None
+    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]:
+        return np.array([self.longest(tokens) for tokens in sequences], dtype=np.int64), None
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
         return np.where(row_ids % 2 == 0, "ram", "disk")
@@ -136,6 +136,10 @@ class DictRead:
     def ready(self) -> bool:
         held = self.table.held
         return held is not None and held.isdisjoint(self.row_ids.tolist())
+
+    def wait(self, timeout: float) -> bool:
+        self.table.waits.append(timeout)
+        return self.ready()
 
     def error(self, begin: int, end: int) -> RowReadError | None:
         broken = self.table.broken & set(self.row_ids[begin:end].tolist())
@@ -214,17 +218,12 @@ class LateRunner(ModelRunner):
     def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
         hidden = torch.full_like(embeddings, torch.nan)
         # what the host prepares is as of now
-        positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
+        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.num_tokens)])
         batch = self._paged_batch(chunks)
 
         def run() -> None:
             states = self._forward.forward(
-                embeddings,
-                torch.tensor(positions, dtype=torch.int32),
-                batch,
-                self._k_cache,
-                self._v_cache,
-                num_layers,
+                embeddings, positions.int(), batch, self._k_cache, self._v_cache, num_layers
             )
             hidden.copy_(states)
 

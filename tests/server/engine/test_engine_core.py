@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -169,14 +168,14 @@ def test_decode_rows_that_fail_are_read_again_alone(make_world: MakeWorld, tiny_
 
 
 def test_a_failed_match_ends_its_request_only(make_world: MakeWorld, dict_table: DictTable) -> None:
-    match_last = dict_table.match_last
+    match_ends = dict_table.match_ends
 
-    def damaged(windows: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        if (windows == 5).any():
+    def damaged(sequences: list[list[int]]) -> tuple[Any, Any]:
+        if any(5 in tokens for tokens in sequences):
             raise RowReadError("the index is damaged")
-        return match_last(windows)
+        return match_ends(sequences)
 
-    dict_table.match_last = damaged  # type: ignore[method-assign]
+    dict_table.match_ends = damaged  # type: ignore[method-assign]
     world = make_world(dict_table)
     good = world.add([6, 7], max_tokens=6, allowed_token_ids=(6, 7))
     bad = world.add([4, 5], max_tokens=6)

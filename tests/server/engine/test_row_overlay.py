@@ -89,6 +89,24 @@ def test_one_slow_row_holds_its_own_sequence_only(make_world: MakeWorld, dict_ta
     assert held.tokens() == [first[1]] * 3
 
 
+def test_a_step_waits_no_longer_than_leaving_a_sequence_out_would_cost(
+    make_world: MakeWorld, dict_table: DictTable
+) -> None:
+    fgram, row = next((f, dict_table.longest(f)) for f in dict_table.fgrams() if len(f) == 2)
+    dict_table.slow = dict_table.held = {row}
+    world = make_world(dict_table)
+    held = world.add([3, fgram[0]], max_tokens=3, allowed_token_ids=(fgram[1],))
+    others = [world.add([200, 201], max_tokens=50, allowed_token_ids=(202,)) for _ in range(3)]
+    for _ in range(20):
+        world.core.step()
+    assert len(dict_table.waits) == 1, "a row is waited for once"
+    assert 0 < dict_table.waits[0] <= world.core._step_seconds * 100 / 4
+    assert held.tokens() == [fgram[1]]
+    assert all(len(other.tokens()) == 20 for other in others)
+    dict_table.held = set()
+    world.run()
+
+
 @pytest.mark.parametrize("num_steps", range(1, 12))
 def test_nothing_is_held_after_an_abort_on_a_late_device(
     make_world: MakeWorld, dict_table: DictTable, num_steps: int

@@ -1,0 +1,141 @@
+"""A model and an accelerator that only take time: the serving path around them is real, at a GPU's pace.
+
+For measurements on a machine without one. Work of the model is queued and takes as long as it is told to;
+copies take their bytes' time at PCIe speed. The host sleeps until the device is done where a real one would
+make it wait, and the tokens "sampled" follow texts given in advance, so that f-grams match as in these texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache.device import CpuDevice, Event, Stream
+from scone.server.engine.scheduler import Chunk
+
+COPY_SECONDS = 10e-6
+"""From the call to the first byte; a usual figure for a small copy from pinned memory."""
+
+COPY_BYTES_PER_SECOND = 25e9
+"""PCIe 4.0 x16."""
+
+
+class Moment:
+    """When a stream reaches a point."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+
+class PacedDevice(CpuDevice):
+    """Rows lie where the host writes them (moving them is not the host's work), but arrive as if copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free_at = dict.fromkeys(Stream, 0.0)
+
+    def compute(self, seconds: float) -> None:
+        """Queues work of the model."""
+        self._occupy(Stream.COMPUTE, seconds)
+
+    def finish(self) -> None:
+        """Blocks until the model's work is done, as reading a result would."""
+        _sleep_until(self._free_at[Stream.COMPUTE])
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        pass  # moves no data that the model would look at, and takes the device no time to speak of
+
+    def event(self) -> Event:
+        return Moment()
+
+    def copy_to_device(self, target: Tensor, source: Tensor) -> None:
+        self.usage.copied_bytes += source.nbytes
+        self._occupy(Stream.COPY, COPY_SECONDS + source.nbytes / COPY_BYTES_PER_SECOND)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        event.at = self._free_at[stream]
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        self._free_at[stream] = max(self._free_at[stream], event.at)
+
+    def reached(self, event: Event) -> bool:
+        return time.perf_counter() >= float(event.at)
+
+    def synchronize(self, event: Event) -> None:
+        _sleep_until(event.at)
+
+    def _occupy(self, stream: Stream, seconds: float) -> None:
+        self._free_at[stream] = max(self._free_at[stream], time.perf_counter()) + seconds
+
+
+class PacedModel:
+    """Stands in for `ModelRunner`; request number r is continued as in texts[r].
+
+    Args:
+        decode_seconds: a step that decodes takes this long, for however many sequences.
+        prefill_tokens_per_second: what a step's prompt tokens take in addition.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        device: PacedDevice,
+        texts: Sequence[NDArray[np.int64]],
+        *,
+        dim: int,
+        vocab_size: int,
+        num_blocks: int,
+        max_num_tokens: int,
+        decode_seconds: float,
+        prefill_tokens_per_second: float,
+    ) -> None:
+        self.dim, self.vocab_size, self.num_blocks = dim, vocab_size, num_blocks
+        self._device, self._texts = device, texts
+        self._decode_seconds, self._prefill_speed = decode_seconds, prefill_tokens_per_second
+        self._embeddings = torch.zeros(max_num_tokens, dim)
+        self._next_tokens = torch.zeros(max_num_tokens, 1)
+        self._logits = torch.zeros(max_num_tokens, vocab_size)
+        self._ones = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+
+    def embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        return self._embeddings[: sum(chunk.num_tokens for chunk in chunks)]
+
+    def forward_each(
+        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+    ) -> list[Tensor]:
+        """Hidden states (n, 1) of each chunk: the token that follows, where one is to be sampled."""
+        num_decode = sum(chunk.num_tokens == 1 for chunk in chunks)
+        seconds = self._decode_seconds if num_decode else 0.0
+        self._device.compute(seconds + (len(embeddings) - num_decode) / self._prefill_speed)
+        next_tokens = self._next_tokens.numpy()
+        end = 0
+        for chunk in chunks:
+            end += chunk.num_tokens
+            if chunk.reaches_end:
+                next_tokens[end - 1, 0] = self._texts[chunk.seq.arrival][chunk.start + chunk.num_tokens]
+        return list(torch.split(self._next_tokens[:end], [chunk.num_tokens for chunk in chunks]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self._device.finish()
+        self._logits[self._ones] = 0.0
+        rows, tokens = self._ones = torch.arange(len(hidden)), hidden[:, 0].long()
+        self._logits[rows, tokens] = 1.0
+        return self._logits[: len(hidden)]
+
+    def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
+        return self.logits(hidden)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        pass
+
+
+def _sleep_until(moment: float) -> None:
+    while (seconds := moment - time.perf_counter()) > 0:
+        time.sleep(seconds)
