@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from scone.model_store.checkpoint import Checkpoint
@@ -76,7 +77,7 @@ def build_table(
             desc="embed f-grams", total=len(fgrams), initial=num_done, unit="row", disable=not progress
         ) as bar:
             for start in range(num_done, len(fgrams), ROWS_PER_BATCH):
-                rows = embed(model, fgrams, start, min(start + ROWS_PER_BATCH, len(fgrams)))
+                rows = embed(model, fgrams, slice(start, start + ROWS_PER_BATCH))
                 writer.append(rows)
                 bar.update(len(rows))
         writer.finish()
@@ -84,10 +85,10 @@ def build_table(
     return BuildReport(len(fgrams), len(fgrams) - num_done, time.monotonic() - begun, table_bytes)
 
 
-def embed(model: FGramModel, fgrams: FGramSet, start: int, end: int) -> torch.Tensor:
-    """Rows [start, end) of the ranking, (end - start, dim) float32; each depends on its f-gram alone."""
-    token_ids = torch.from_numpy(fgrams.tokens[start:end].astype(np.int64))
-    lengths = torch.from_numpy(fgrams.lengths[start:end].astype(np.int64))
+def embed(model: FGramModel, fgrams: FGramSet, ranks: NDArray[np.int64] | slice) -> torch.Tensor:
+    """Rows of the f-grams of these ranks (n,), (n, dim) float32; each depends on its f-gram alone."""
+    token_ids = torch.from_numpy(fgrams.tokens[ranks].astype(np.int64))
+    lengths = torch.from_numpy(fgrams.lengths[ranks].astype(np.int64))
     return model.embed(token_ids, lengths)
 
 

@@ -122,17 +122,21 @@ class TableWriter:
 
     def append(self, rows: Tensor) -> None:
         """Adds the next rows, (n, dim) of any float dtype; raises ValueError, TableError."""
-        assert self._lock is not None, "the writer is closed"
         if rows.dim() != 2 or rows.shape[1] != self._codec.dim:
             raise ValueError(f"rows have shape {tuple(rows.shape)}, wanted (n, {self._codec.dim})")
+        self.append_stored(encode_rows(self._codec, rows))
+
+    def append_stored(self, rows: NDArray[np.uint8]) -> None:
+        """Adds the next rows as they are stored, (n, row_bytes); raises ValueError, TableError."""
+        assert self._lock is not None, "the writer is closed"
+        if rows.ndim != 2 or rows.shape[1] != self._codec.row_bytes:
+            raise ValueError(f"rows have shape {rows.shape}, wanted (n, {self._codec.row_bytes})")
         if self._num_rows + len(rows) > len(self._fgrams):
             raise ValueError(f"{self._num_rows} + {len(rows)} rows for {len(self._fgrams)} f-grams")
         if self._rows is None:
             return  # all rows were there already, and `rows` is empty
-        if not rows.isfinite().all():
-            raise TableError(f"a row after row {self._num_rows} is not finite: the f-gram model has diverged")
         try:
-            self._rows.write(self._codec.encode(rows.cpu()).numpy().tobytes())
+            self._rows.write(rows.tobytes())
         except OSError as error:
             raise TableError(f"cannot write {self._partial / ROWS_NAME}: {error}") from None
         self._num_rows += len(rows)
@@ -303,6 +307,14 @@ class TableWriter:
             lmdb_rows.ROWS_NAME: TableFile(path.stat().st_size),
             BLOCKS_NAME: _hashed(self._partial / BLOCKS_NAME),
         }
+
+
+def encode_rows(codec: RowCodec, rows: Tensor) -> NDArray[np.uint8]:
+    """(n, dim) of any float dtype -> (n, row_bytes) as they are stored; raises TableError."""
+    if not rows.isfinite().all():
+        raise TableError("a row is not finite: the f-gram model has diverged")
+    stored: NDArray[np.uint8] = codec.encode(rows.cpu()).numpy()
+    return stored
 
 
 def _page_sums(data: NDArray[np.uint8]) -> NDArray[np.uint32]:

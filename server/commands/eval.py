@@ -10,46 +10,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache import FGramTable
-from scone.model_store.checkpoint import Checkpoint, open_checkpoint
+from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
 from scone.model_store.perplexity import measure_perplexity
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 from scone.server.settings import Command, Resolved, Setting
-
-
-class TableInputs:
-    """Embeddings whose matched positions come from a table, counting matches by length."""
-
-    def __init__(self, decoder: Decoder, table: FGramTable) -> None:
-        self._decoder, self._table = decoder, table
-        self.positions_by_n = np.zeros(table.max_n + 1, dtype=np.int64)
-
-    def __call__(self, input_ids: NDArray[np.int32]) -> Tensor:
-        row_ids, matched_len = self._table.match(input_ids)
-        self.positions_by_n += np.bincount(matched_len, minlength=len(self.positions_by_n))
-        embeddings = self._decoder.embed(torch.from_numpy(input_ids.astype(np.int64))).clone()
-        self._table.read_into(row_ids, embeddings)
-        return embeddings
+from scone.server.table_perplexity import TableInputs, open_table_of
 
 
 def run(settings: Resolved) -> int:
     checkpoint = open_checkpoint(settings.model)
     tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder()
-    table = _open_table(settings.table, checkpoint)
+    table = None if settings.table is None else open_table_of(checkpoint, settings.table)
     for path in settings.corpus:
         stream = TokenStream.from_corpus(tokenize(read_documents([path]), tokenizer), tokenizer)
         _evaluate(Path(path).name, decoder, table, stream, settings)
     return 0
-
-
-def _open_table(path: str | None, checkpoint: Checkpoint) -> FGramTable | None:
-    if path is None:
-        return None
-    table = FGramTable.open(path)
-    table.check_model(checkpoint.model_hash, checkpoint.tokenizer().hash)
-    return table
 
 
 def _evaluate(

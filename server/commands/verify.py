@@ -47,7 +47,7 @@ def embed_again(table_path: Path, model_path: Path, num_rows: int) -> tuple[int,
         codec = table.manifest.row_codec
         row_ids = torch.linspace(0, table.num_fgrams - 1, min(num_rows, table.num_fgrams)).long().tolist()
         stored = table.rows(row_ids)
-        made = torch.cat([embed(model, fgrams, row_id, row_id + 1) for row_id in row_ids])
+        made = torch.cat([embed(model, fgrams, slice(row_id, row_id + 1)) for row_id in row_ids])
         made = codec.decode_reference(codec.encode(made))
     error = (made.float() - stored.float()).abs().amax(dim=1)
     wrong = error > _TOLERANCE * made.float().abs().amax(dim=1)

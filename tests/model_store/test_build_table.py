@@ -1,8 +1,6 @@
 """A built table holds the f-gram model's rows; killed and resumed builds give the same bytes."""
 
 import hashlib
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,70 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from safetensors.torch import save_file
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 
 from scone.cache import FGramTable
 from scone.model_store import build_table as build_table_module
 from scone.model_store.build_table import build_table, embed
 from scone.model_store.checkpoint import Checkpoint, open_checkpoint, save_scone_folder
-from scone.model_store.count import count_fgrams
-from scone.model_store.decoder import Decoder
 from scone.model_store.errors import CheckpointError, FGramSetError, TableError
 from scone.model_store.fgram_model import FGramModel
 from scone.model_store.fgram_set import FGramSet
-from scone.model_store.token_corpus import TokenCorpus
 from scone.server.cli import main
-
-
-@pytest.fixture(scope="module")
-def main_path(tiny_decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny decoder as a Hugging Face folder, with a tokenizer that knows bytes and nothing else."""
-    folder = tmp_path_factory.mktemp("main")
-    config = tiny_decoder.config
-    description = {
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_position,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(description))
-    weights = {f"model.{name}": t for name, t in tiny_decoder.state_dict().items() if "lm_head" not in name}
-    save_file(weights, folder / "model.safetensors")
-    alphabet = sorted(ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(main_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The tiny model with an f-gram model whose output projection is no longer zero."""
-    base = open_checkpoint(main_path)
-    model = FGramModel.from_decoder(base.decoder(), num_layers=1, max_n=3)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.output.weight, std=0.02)
-    torch.nn.init.normal_(model.position_embedding, std=0.02)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_scone_folder(folder, model, main_path=main_path, main_hash=base.model_hash)
-    return open_checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def fgrams(checkpoint: Checkpoint) -> FGramSet:
-    tokenizer = checkpoint.tokenizer()
-    text = Path(os.__file__).read_text()
-    corpus = TokenCorpus.from_documents([tokenizer.encode(text, add_special_tokens=False)])
-    return count_fgrams(corpus, max_n=3, min_count=2, top=1200, tokenizer_hash=tokenizer.hash, progress=False)
 
 
 def digest(table: Path) -> dict[str, str]:
@@ -91,10 +35,10 @@ def table(checkpoint: Checkpoint, fgrams: FGramSet, tmp_path_factory: pytest.Tem
 def test_a_row_does_not_depend_on_its_neighbours(checkpoint: Checkpoint, fgrams: FGramSet) -> None:
     model = checkpoint.fgram_model(checkpoint.decoder())
     assert model is not None
-    whole = embed(model, fgrams, 0, len(fgrams))
-    assert torch.equal(embed(model, fgrams, 700, len(fgrams)), whole[700:])
+    whole = embed(model, fgrams, slice(0, len(fgrams)))
+    assert torch.equal(embed(model, fgrams, slice(700, len(fgrams))), whole[700:])
     for row in (0, 1, 317, 1199):
-        assert torch.equal(embed(model, fgrams, row, row + 1)[0], whole[row])
+        assert torch.equal(embed(model, fgrams, slice(row, row + 1))[0], whole[row])
     # and it is the model's forward on that f-gram, up to the rounding of another batch shape
     tokens = torch.from_numpy(fgrams.tokens[:50].astype(np.int64))
     direct = model(tokens, torch.from_numpy(fgrams.lengths[:50].astype(np.int64)))
@@ -120,7 +64,7 @@ def test_rows_are_those_of_the_model(
     assert "embedded 1,200 f-grams" in capsys.readouterr().out
     model = checkpoint.fgram_model(checkpoint.decoder())
     assert model is not None
-    expected = embed(model, fgrams, 0, len(fgrams)).to(getattr(torch, dtype))
+    expected = embed(model, fgrams, slice(0, len(fgrams))).to(getattr(torch, dtype))
     table = FGramTable.open(out)
     try:
         table.check_model(checkpoint.model_hash, checkpoint.tokenizer().hash)
