@@ -87,6 +87,18 @@ def test_logits_equal_transformers(decoder: Decoder, tokenizer: Tokenizer, refer
         assert torch.allclose(logits_of(decoder, ids), expected, atol=1e-4, rtol=0)
 
 
+def test_states_within_equal_transformers(decoder: Decoder, tokenizer: Tokenizer, reference: Any) -> None:
+    ids = torch.tensor([tokenizer.encode(PROMPTS[1])])
+    with torch.inference_mode():
+        expected = reference.model(ids, output_hidden_states=True).hidden_states
+        for num_layers in (0, 1, 15, 29, 30, None):
+            positions = torch.arange(ids.shape[1]).unsqueeze(0)
+            states = decoder(decoder.embed(ids), positions, CausalAttention(), num_layers)
+            wanted = expected[30 if num_layers is None else num_layers]
+            # States within reach the thousands: the error is relative to the largest.
+            assert (states - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_greedy_tokens_equal_transformers(decoder: Decoder, tokenizer: Tokenizer, reference: Any) -> None:
     """64 tokens on 20 prompts; one forward over what transformers wrote must choose every token it chose."""
     encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]

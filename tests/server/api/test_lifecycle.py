@@ -7,10 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,56 +19,7 @@ from safetensors.torch import save_file
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[3]
-
-
-class Process:
-    """A `scone serve` child, its log and its address."""
-
-    def __init__(self, *arguments: str, **environ: str) -> None:
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "scone.server.cli", "serve", "--port", "0", *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT / ".types")} | environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.child.stderr is not None
-        self.lines += iter(self.child.stderr.readline, "")
-
-    @property
-    def log(self) -> str:
-        return "".join(self.lines)
-
-    @property
-    def url(self) -> str:
-        self.wait_for("listening on ")
-        return self.log.partition("listening on ")[2].partition(";")[0]
-
-    def wait_for(self, text: str, seconds: float = 150) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.log:
-            assert self.child.poll() is None or text in self.log, f"it ended:\n{self.log}"
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.log}"
-            time.sleep(0.02)
-
-    def exit_code(self, seconds: float = 150) -> int:
-        code = self.child.wait(seconds)
-        self._reader.join()
-        return code
-
-    def close(self) -> None:
-        if self.child.poll() is None:
-            self.child.kill()
-        self.exit_code()
-        assert self.child.stderr is not None
-        self.child.stderr.close()
+from .process import Process
 
 
 @pytest.fixture(scope="module")
