@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from scone.server.api.chat_schema import ChatMessage
+from scone.server.api.chat_template import render_chat
 from scone.server.api.errors import error_responses
 from scone.server.api.json_body import JsonRoute
 from scone.server.api.json_types import JsonBool, JsonModel, TokenIds
@@ -14,17 +17,23 @@ from scone.server.api.prompt_tokens import encode
 from scone.server.api.sampling_fields import check_token_ids
 from scone.server.api.state import ServerState
 from scone.server.api.token_text import token_text
+from scone.server.errors import InvalidRequestError
 
 router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
 BODY_ERRORS = error_responses(400, 401, 404, 413, 415, 503)
 
 
 class TokenizeRequest(JsonModel):
-    """A text to cut into tokens."""
+    """A text to cut into tokens, or messages to put through the model's chat template first."""
 
-    prompt: str
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     model: str | None = None
-    add_special_tokens: JsonBool = Field(True, description="Put the model's begin-of-text token before it.")
+    add_special_tokens: JsonBool | None = Field(
+        None,
+        description="Put the model's begin-of-text token before it; by default for a prompt, and not for "
+        "messages, whose template writes it.",
+    )
     return_token_strs: JsonBool = False
 
 
@@ -63,10 +72,19 @@ class TokenizerInfo(BaseModel):
 
 @router.post("/tokenize", response_model=TokenizeResponse, responses=BODY_ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request) -> Any:
-    """Token ids of a text."""
+    """Token ids of a text, or of a chat as POST /v1/chat/completions would see it."""
     state: ServerState = request.app.state.server
     model = state.model_named(body.model)
-    tokens = await encode(model, body.prompt, body.add_special_tokens)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("Give one of prompt and messages.", param="prompt")
+    text, adds_special_tokens = body.prompt or "", True
+    if body.messages is not None:
+        messages = [message.for_template() for message in body.messages]
+        text = await to_thread.run_sync(render_chat, model.tokenizer, messages)
+        adds_special_tokens = False
+    if body.add_special_tokens is not None:
+        adds_special_tokens = body.add_special_tokens
+    tokens = await encode(model, text, adds_special_tokens)
     return TokenizeResponse(
         count=len(tokens),
         max_model_len=model.max_model_len,

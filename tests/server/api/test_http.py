@@ -198,6 +198,18 @@ def test_tokenize_and_back(server: Any, tokenizer: Any, text: str) -> None:
     assert server.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": text}
 
 
+def test_tokenize_messages(server: Any, tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "abc"}]
+    answer = server.post("/tokenize", messages=messages).json()
+    rendered = "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n"
+    assert server.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": rendered}
+    usage = server.post("/v1/chat/completions", messages=messages, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens"] == answer["count"]
+    wrong: list[dict[str, Any]] = [{}, {"prompt": "a", "messages": messages}, {"messages": []}]
+    for body in wrong:
+        assert server.post("/tokenize", **body).status_code == 400
+
+
 def test_detokenize_checks_ids(server: Any) -> None:
     for tokens in ([300], [-1], ["a"], [True]):
         assert server.post("/detokenize", tokens=tokens).json()["error"]["param"] == "tokens"
