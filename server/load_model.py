@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from collections.abc import Iterator
@@ -19,6 +20,16 @@ from scone.server.settings import Resolved
 from scone.server.table_metrics import TableCollector
 
 logger = logging.getLogger(__name__)
+
+
+def return_freed_memory() -> None:
+    """Gives memory that nobody uses any more back to the system, where the C library is glibc.
+
+    It keeps what each of the threads that read weights has freed: for SmolLM2-135M 480 MB beside 370 in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class ModelLoader:
@@ -59,6 +70,8 @@ class ModelLoader:
             self._metrics.watch_engine(engine.stats)
             if table is not None:
                 self._metrics.watch_table(TableCollector(table))
+        del decoder
+        return_freed_memory()
         return ServedModel(
             name=model_name(settings),
             engine=engine,
