@@ -111,7 +111,9 @@ class SamplingFields(JsonModel):
 
     def refuse_unsupported(self) -> list[str]:
         """Names of unknown fields, for a warning; raises InvalidRequestError for known ones not done here."""
-        return unknown_fields(self.model_extra or {}, UNSUPPORTED)
+        unknown = unknown_fields(self.model_extra or {}, UNSUPPORTED)
+        options = {} if self.stream_options is None else self.stream_options.model_extra or {}
+        return unknown + [f"stream_options.{name}" for name in options]
 
     def sampling_params(
         self, vocab_size: int, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None

@@ -18,6 +18,7 @@ from scone.server.log_format import configure_logging
 from scone.server.metrics import ServerMetrics
 from scone.server.serve_settings import SERVE_SETTINGS, api_config
 from scone.server.settings import Command, Resolved
+from scone.server.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class _Serving:
         changed = {n: self._settings.values[n] for n, o in self._settings.origins.items() if o != "default"}
         secret = {setting.name for setting in SERVE_SETTINGS if setting.secret}
         shown = " ".join(f"{n}={'***' if n in secret else v}" for n, v in changed.items())
-        logger.info("scone-serve with %s", shown)
+        logger.info("scone-serve %s with %s", version(), shown)
         logger.info("listening on %s; answers 503 until the model is loaded", self._url)
         if self._settings.host not in ("127.0.0.1", "localhost", "::1") and not self._state.config.api_keys:
             logger.warning("open to the network without a key: set SCONE_API_KEY or api_key_file to close it")

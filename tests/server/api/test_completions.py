@@ -218,6 +218,12 @@ def test_unknown_field_is_counted_and_warned_of_once(server: Any, caplog: pytest
     assert sum("no_such_field" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_unknown_stream_option_is_counted(server: Any) -> None:
+    before = server.metric("scone_unknown_parameters_total")
+    server.stream(prompt="a", max_tokens=1, stream_options={"continuous_usage_stats": True})
+    assert server.metric("scone_unknown_parameters_total") == before + 1
+
+
 def test_unknown_model(server: Any) -> None:
     response = server.post("/v1/completions", prompt="a", model="gpt-9")
     assert response.status_code == 404
