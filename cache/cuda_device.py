@@ -42,6 +42,10 @@ class CudaDevice:
     def event(self) -> Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        self.usage.copied_bytes += source.nbytes
+        target.copy_(source)
+
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         self.usage.copied_bytes += source.nbytes
         with torch.cuda.stream(self._copy_stream):

@@ -65,6 +65,9 @@ class Device(Protocol):
     def event(self) -> Event:
         """An event that counts as reached until it is recorded."""
 
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        """Copies to memory that nothing uses yet, and waits for it; for start-up."""
+
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         """Queues a copy on the copy stream; `source`, of a buffer's host side, is read when it runs."""
 
@@ -99,6 +102,9 @@ class CpuDevice:
 
     def event(self) -> Event:
         return None
+
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         pass

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.device import CpuDevice, Device
+from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
-from scone.cache.errors import RowReadError
+from scone.cache.errors import CacheError, RowReadError
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.stats import TableStats
@@ -63,8 +65,11 @@ class FGramTable:
         disk: RowReader,
         ram: RamRows | None = None,
         stats: TableStats | None = None,
+        device_bytes: int = 0,
     ) -> None:
         """Use `open`."""
+        self.device_rows: DeviceRows | None = None
+        self._device_bytes = device_bytes
         self.stats = stats or TableStats()
         self._matcher = Matcher(files.index, self.stats.num_matched)
         self._files = files
@@ -98,7 +103,7 @@ class FGramTable:
             disk = MappedReader(files, config.num_threads)
         num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
         ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
-        return cls(files, disk, ram, stats)
+        return cls(files, disk, ram, stats, config.device_bytes)
 
     @property
     def manifest(self) -> TableManifest:
@@ -130,15 +135,48 @@ class FGramTable:
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """As they are now, the fastest first; none is empty."""
+        num_device_rows = self.num_device_rows
+        plan: list[tuple[DeviceRows | RamRows | RowReader, int, int]] = [
+            (reader, max(begin, num_device_rows), end) for reader, begin, end in self._plan()
+        ]
+        if self.device_rows is not None:
+            plan.insert(0, (self.device_rows, 0, num_device_rows))
         return tuple(
             Tier(reader.tier, reader.name, begin, end, (end - begin) * self._row_bytes)
-            for reader, begin, end in self._plan()
+            for reader, begin, end in plan
+            if begin < end
         )
+
+    @property
+    def num_device_rows(self) -> int:
+        return 0 if self.device_rows is None else self.device_rows.num_rows
+
+    def count_device_rows(self, num_rows: int) -> None:
+        """Notes that the device gathered so many of its rows."""
+        self.stats.add_device_rows(num_rows, num_rows * self._row_bytes)
+
+    def load_device_rows(self, device: Device) -> None:
+        """Fills the device tier, if `device_bytes` asks for one; raises CacheError where there is no device.
+
+        The model reads those rows there. `read_into` goes on reading all rows from memory or disk.
+        """
+        num_rows = min(self.num_fgrams, self._device_bytes // self._row_bytes)
+        if self._device_bytes and isinstance(device, CpuDevice):
+            raise CacheError(
+                f"device_bytes is {self._device_bytes}, but the model runs on the CPU, whose memory"
+                " ram_bytes gives out: leave device_bytes at 0"
+            )
+        if num_rows:
+            try:
+                self.device_rows = DeviceRows(device, self._files, num_rows)
+            except OSError as error:
+                raise CacheError(f"cannot read the rows of {self._files.path}: {error}") from None
 
     @property
     def tier_names(self) -> tuple[str, ...]:
         """Every tier that rows may have been read from: the disk too, until the RAM tier is full."""
-        return ("disk",) if self._ram is None else ("ram", "disk")
+        names = ("disk",) if self._ram is None else ("ram", "disk")
+        return names if self.device_rows is None else ("device", *names)
 
     @property
     def ram_loaded(self) -> bool:
@@ -241,19 +279,20 @@ class FGramTable:
                 self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
 
     def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
-        """Which of these rows (n,) may have to be waited for, since a disk holds them."""
+        """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
         ids = _row_id_array(row_ids)
         num_ram_rows = self._ram.num_loaded if self._ram else 0
-        if num_ram_rows == self.num_fgrams:
+        first = max(num_ram_rows, self.num_device_rows)
+        if first == self.num_fgrams:
             return np.zeros(len(ids), np.bool_)
-        return self._disk.may_wait(ids, num_ram_rows, self.num_fgrams)
+        return self._disk.may_wait(ids, first, self.num_fgrams)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""
         ids = _row_id_array(row_ids)
-        plan = self._plan()
-        names = np.array(["", *(reader.tier for reader, _, _ in plan)])
-        begins = np.array([begin for _, begin, _ in plan])
+        tiers = self.tiers
+        names = np.array(["", *(tier.name for tier in tiers)])
+        begins = np.array([tier.begin for tier in tiers])
         return names[np.where(ids < 0, 0, np.searchsorted(begins, ids, side="right"))]
 
     def close(self) -> None:

@@ -63,6 +63,10 @@ class SimDevice:
     def event(self) -> Event:
         return SimEvent()
 
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        self.usage.copied_bytes += source.nbytes
+        target.copy_(source)
+
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         self.usage.copied_bytes += source.nbytes
         self._push(Stream.COPY, lambda: target.copy_(source))

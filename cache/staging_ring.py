@@ -43,26 +43,26 @@ class _Views(NamedTuple):
 
     host_rows: Tensor
     device_rows: Tensor
-    device_places: Tensor
+    device_indices: Tensor
     host_bytes: Tensor
     device_bytes: Tensor
 
 
 class Slot:
-    """One slot. Its memory is one block, so that one copy moves it: places (int64), then rows.
+    """One slot. Its memory is one block, so that one copy moves it: indices, then rows.
 
     Attributes:
         row_ids: (max_rows,) int64: what the rows are.
-        places: (max_rows,) int64, the host's: where the model wants the rows.
+        indices: (2 * max_rows,) int64, the host's: whatever the model needs to find their places.
     """
 
     def __init__(self, device: Device, max_rows: int, dim: int, dtype: torch.dtype) -> None:
         self._dim, self._dtype = dim, dtype
-        self._rows_at = -(-max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
+        self._rows_at = -(-2 * max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
         self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
         self._views: dict[int, _Views] = {}
         self.row_ids = np.full(max_rows, -1, np.int64)
-        self.places = self._memory.host[: max_rows * 8].view(torch.int64).numpy()
+        self.indices = self._memory.host[: 2 * max_rows * 8].view(torch.int64).numpy()
         self.copied: Event = device.event()
         self.consumed: Event = device.event()
         self.num_rows = 0
@@ -76,7 +76,7 @@ class Slot:
             self._views[self.num_rows] = _Views(
                 host_rows=host[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
                 device_rows=device[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
-                device_places=device[: self.num_rows * 8].view(torch.int64),
+                device_indices=device[: self._rows_at].view(torch.int64),
                 host_bytes=host,
                 device_bytes=device,
             )
@@ -107,13 +107,13 @@ class StagingRing:
         )
 
     def fill(
-        self, row_ids: NDArray[np.int64], places: NDArray[np.int64], read: Callable[[Tensor], object]
+        self, row_ids: NDArray[np.int64], indices: NDArray[np.int64], read: Callable[[Tensor], object]
     ) -> Slot | None:
         """Reads rows into a free slot and queues their copy; None if no slot is free: come back later.
 
         Args:
             row_ids: (n,) int64, n <= max_rows.
-            places: (n,) int64, copied along.
+            indices: (m,) int64, m <= 2 * max_rows, copied along.
             read: writes the rows of these ids to a host tensor (n, dim); what it raises is raised.
         """
         slot = next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
@@ -124,7 +124,7 @@ class StagingRing:
         slot.state = SlotState.FILLING
         try:
             read(slot.views().host_rows)
-            slot.places[:num_rows] = places
+            slot.indices[: len(indices)] = indices
             self._queue_copy(slot)
         except BaseException:
             slot.state = SlotState.FREE  # I7
@@ -136,7 +136,9 @@ class StagingRing:
         return slot
 
     def use(self, slot: Slot, row_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The slot's rows (n, dim) and places (n,) on the device, for work launched until `release`.
+        """The slot's rows (n, dim) and indices on the device, for work launched until `release`.
+
+        Indices are as filled; beyond those they are undefined.
 
         Raises:
             ValueError: the slot was not filled with these row ids.
@@ -146,7 +148,7 @@ class StagingRing:
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE
         views = slot.views()
-        return views.device_rows, views.device_places
+        return views.device_rows, views.device_indices
 
     def release(self, slot: Slot) -> None:
         """Gives the slot back, used or not; work launched so far may still read it."""

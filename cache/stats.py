@@ -53,6 +53,12 @@ class TableStats:
             self.bytes_read[tier] += num_bytes
             self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds
 
+    def add_device_rows(self, num_rows: int, num_bytes: int) -> None:
+        """Rows that a device gathers itself: it is not waited for, so no duration is known."""
+        with self._lock:
+            self.rows_read["device"] += num_rows
+            self.bytes_read["device"] += num_bytes
+
     def add_prefetch(self, result: str) -> None:
         with self._lock:
             self.prefetches[result] += 1

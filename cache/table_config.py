@@ -20,6 +20,7 @@ class TableConfig:
     Attributes:
         ram_bytes: what the most frequent rows may take in this process's memory; None ("auto"): 40 % of what
             the machine and the cgroup leave. 0: no row is kept, all are read from the file.
+        device_bytes: what the rows before those may take in the accelerator's memory.
         disk_reader: `mmap`: through the kernel's page cache; `direct`: past it (O_DIRECT), each page checked
             each time it is read; `auto`: mmap. LMDB tables are always mapped.
         io_depth: reads under way at a time when reading directly.
@@ -27,6 +28,7 @@ class TableConfig:
     """
 
     ram_bytes: int | None = 0
+    device_bytes: int = 0
     disk_reader: str = "auto"
     io_depth: int = 64
     num_threads: int = 1
@@ -34,6 +36,8 @@ class TableConfig:
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes < 0:
             raise CacheError(f"ram_bytes is {self.ram_bytes}, wanted 0 or more, or auto")
+        if self.device_bytes < 0:
+            raise CacheError(f"device_bytes is {self.device_bytes}, wanted 0 or more")
         if self.disk_reader not in DISK_READERS:
             raise CacheError(f"disk_reader is {self.disk_reader!r}, wanted one of {', '.join(DISK_READERS)}")
         if not 1 <= self.io_depth <= 1024:

@@ -12,6 +12,7 @@ import torch
 
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.api.state import ServedModel
+from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
 from scone.server.serve_settings import engine_config, model_name, table_config
@@ -68,6 +69,7 @@ class ModelLoader:
             )
             engine.start()
             self._metrics.watch_engine(engine.stats)
+            self._metrics.watch_device(DeviceCollector(engine.overlay))
             if table is not None:
                 self._metrics.watch_table(TableCollector(table))
         del decoder

@@ -100,6 +100,10 @@ class ServerMetrics:
         """Exports a table's counters as well."""
         self.registry.register(collector)
 
+    def watch_device(self, collector: Collector) -> None:
+        """Exports what staging rows takes."""
+        self.registry.register(collector)
+
     def _make_request_metrics(self) -> None:
         counter, histogram = self._counter, self._histogram
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed or found in the prefix cache.")

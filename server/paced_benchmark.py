@@ -7,6 +7,7 @@ drops the rows from the page cache before each run; the share that is resident i
 
 from __future__ import annotations
 
+import gc
 import statistics
 import threading
 import time
@@ -133,11 +134,12 @@ def _serve(
     prompts: Sequence[NDArray[np.int64]],
     max_tokens: int,
 ) -> dict[str, float]:
+    gc.collect()  # the run before may still map the file: mapped pages stay in the page cache
     drop_from_page_cache(row_file(workload.table))
     resident_before = resident_share(row_file(workload.table))
     table = FGramTable.open(workload.table, config)
     table.wait_loaded()
-    watch = _Stopwatch(len(prompts))
+    watch = _Stopwatch(len(prompts), only_decode=max_tokens > 1)
     device = PacedDevice()
     model = _paced_model(device, workload, texts, DECODE_SECONDS, PREFILL_TOKENS_PER_SECOND)
     engine = Engine(
@@ -174,7 +176,7 @@ def _step_cost(workload: Workload, num_steps: int) -> dict[str, float]:
     texts = workload.texts(NUM_SEQUENCES, _SHORT_PROMPT + num_steps + 1)
     with FGramTable.open(workload.table, TABLES["warm"]) as table:
         table.wait_loaded()
-        rows = read_ahead(table)
+        rows = read_ahead(table, PacedDevice())
         cores = [_core(workload, texts), _core(workload, texts)]
         for core, input_rows in zip(cores, (rows, None), strict=True):
             for i, text in enumerate(texts):
@@ -240,15 +242,20 @@ def _request(number: int, prompt: NDArray[np.int64], max_tokens: int) -> Generat
 
 @dataclass
 class _Stopwatch(SilentObserver):
-    """Notes how long steps took and tokens were apart; `wait`s for the last token."""
+    """Notes how long steps took and tokens were apart; `wait`s for the last token.
+
+    Of a run that decodes, only steps without prompt tokens count.
+    """
 
     num_open: int
+    only_decode: bool
     steps: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     is_over: threading.Event = field(default_factory=threading.Event)
 
     def on_step(self, stats: StepStats) -> None:
-        self.steps.append(stats.seconds)
+        if not (self.only_decode and stats.num_prefill_tokens):
+            self.steps.append(stats.seconds)
 
     def on_token(self, seconds: float) -> None:
         self.gaps.append(seconds)

@@ -44,6 +44,12 @@ TABLE_SETTINGS = (
         " (default: auto, 40 % of what is free)",
     ),
     Setting(
+        name="device_bytes",
+        kind=parse_bytes,
+        default=_TABLE.device_bytes,
+        help="accelerator memory for the table's most frequent rows; refused where the model runs on the CPU",
+    ),
+    Setting(
         name="disk_reader",
         default=_TABLE.disk_reader,
         choices=DISK_READERS,
@@ -262,6 +268,7 @@ def table_config(settings: Resolved, num_threads: int) -> TableConfig:
     """How the table is read; raises CacheError."""
     return TableConfig(
         ram_bytes=settings.ram_bytes,
+        device_bytes=settings.device_bytes,
         disk_reader=settings.disk_reader,
         io_depth=settings.io_depth,
         num_threads=num_threads,

@@ -102,5 +102,21 @@ def write_table() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., Path]:
+    """write_rows(out, fgrams, dim): row r is r % 128 everywhere; written piece by piece."""
+
+    def write(out: Path, fgrams: FGramSet, dim: int) -> Path:
+        hashes: dict[str, Any] = {"model_hash": MODEL_HASH, "tokenizer_hash": TOKENIZER_HASH}
+        writer = TableWriter.create(out, fgrams, dim=dim, dtype="bfloat16", **hashes)
+        for begin in range(0, len(fgrams), 256):
+            ids = torch.arange(begin, min(begin + 256, len(fgrams)))
+            writer.append((ids % 128).float()[:, None].expand(-1, dim))
+        writer.finish()
+        return out
+
+    return write
+
+
 def table_rows(num_rows: int, dim: int) -> torch.Tensor:
     return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(0))

@@ -19,6 +19,7 @@ from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
 from scone.server.engine.model_runner import ModelRunner, Runner
 from scone.server.engine.observer import EngineObserver, SilentObserver
+from scone.server.engine.row_overlay import RowOverlay
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
 
@@ -76,7 +77,7 @@ class Engine:
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self._changed = threading.Condition()
         # All below is guarded by _changed.
-        self._input_rows = None if table is None else read_ahead(table)
+        self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
         self._retired: list[tuple[InputRows | None, Callable[[], None]]] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._queued: dict[str, RequestRun] = {}
@@ -96,6 +97,11 @@ class Engine:
     def observer(self, observer: EngineObserver) -> None:
         """Set it before `start`."""
         self._core.observer = observer
+
+    @property
+    def overlay(self) -> RowOverlay:
+        """How rows get to the model; its numbers may be read from any thread."""
+        return self._core.overlay
 
     def start(self) -> None:
         """Starts the engine thread."""
@@ -145,7 +151,7 @@ class Engine:
 
         `on_retired` is called on the engine thread once nothing uses the old one; close it then.
         """
-        self.swap_rows(None if table is None else read_ahead(table), on_retired)
+        self.swap_rows(None if table is None else read_ahead(table, self.overlay.device), on_retired)
 
     def swap_rows(self, input_rows: InputRows | None, on_retired: Callable[[], None]) -> None:
         """As `swap_table`, for rows from elsewhere."""

