@@ -26,7 +26,7 @@ SERVE := $(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --h
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy test-openapi test-clients check bench docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-openapi test-triton test-clients check bench docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -49,6 +49,10 @@ test-openapi: $(VENV)/.test links ## compare the OpenAPI document with the serve
 test-clients: $(VENV)/.test $(DEMO_GGUF) links ## drive a server with lm-eval and LangChain (own environment)
 	@test -x .venv-clients/bin/lm_eval || { $(PYTHON) -m venv .venv-clients && .venv-clients/bin/pip install --quiet 'lm_eval[api]>=0.4.9,<0.5' 'langchain-openai>=1,<2'; }
 	SCONE_CLIENTS=.venv-clients/bin $(BIN)/python -m pytest -m heavy tests/server/api/test_real_model.py
+
+test-triton: $(VENV)/.test links ## check the Triton kernels without a GPU (installs Triton, 1 GB, in a folder of its own)
+	@test -d .venv-triton/triton || $(PIP) --no-deps --target .venv-triton 'triton>=3.4'
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m heavy tests/kernels/test_triton_kernels.py
 
 check: $(VENV)/.test links ## check format, lint, types and floors
 	$(BIN)/ruff format --check .

@@ -2,18 +2,25 @@
 
 They need no staging: a step sends their ids, and the device gathers, decodes and lays them itself; on CUDA
 with Triton in one kernel (kernels/triton_gather.py), elsewhere with torch. Loaded when the table meets its
-device, each page checked.
+device, each page checked. On CUDA this has not been run yet.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from scone.cache.device import Device
 from scone.kernels.gather import CHECK_BYTES
+from scone.kernels.row_codec import RowCodec
 from scone.model_store.table_files import TableFiles
 
+_logger = logging.getLogger(__name__)
+
+GatherRows = Callable[[Tensor, RowCodec, Tensor, Tensor, Tensor], None]
 _PAGES_PER_COPY = (8 << 20) // CHECK_BYTES
 
 
@@ -36,8 +43,22 @@ class DeviceRows:
             begin = first * CHECK_BYTES
             device.upload(memory[begin : begin + len(data)], torch.from_numpy(data))
         self._stored = memory[:num_bytes].view(num_rows, self._codec.row_bytes)
+        self._gather_rows = _triton_gather() if memory.is_cuda else None
 
     def lay(self, row_ids: Tensor, places: Tensor, embeddings: Tensor) -> None:
         """Writes row row_ids[i] to embeddings[places[i]]; all on the device, row_ids below num_rows."""
+        if self._gather_rows is not None:
+            self._gather_rows(self._stored, self._codec, row_ids, places, embeddings)
+            return
         rows = self._codec.decode_reference(self._stored.index_select(0, row_ids))
         embeddings.index_copy_(0, places, rows.to(embeddings.dtype))
+
+
+def _triton_gather() -> GatherRows | None:
+    """The fused kernel, if Triton is installed."""
+    try:
+        from scone.kernels.triton_gather import gather_rows
+    except ImportError as error:
+        _logger.info("Triton cannot be used (%s): torch gathers the rows in device memory", error)
+        return None
+    return gather_rows
