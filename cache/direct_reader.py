@@ -83,16 +83,17 @@ class DirectReader:
         """Reads pages of the row stream (sorted, distinct) back to back into `buffer`, and checks them."""
         starts = _span_starts(pages)
         counts = np.diff(np.append(starts, len(pages)))
+        sums = np.empty(len(pages), np.uint32)
         try:
             self._spans.read(
                 pages[starts] * CHECK_BYTES + HEADER_BYTES,
                 counts * CHECK_BYTES,
                 starts * CHECK_BYTES,
                 buffer,
+                sums,
             )
         except OSError as error:
             raise RowReadError(f"cannot read {self._files.rows_path}: {error.strerror}") from None
-        sums = crc32c_pages(buffer[: len(pages) * CHECK_BYTES], CHECK_BYTES)
         wrong = sums != self._files.page_sums[pages]
         last = len(self._files.page_sums) - 1
         if pages[-1] == last:

@@ -30,7 +30,7 @@ class TableConfig:
     ram_bytes: int | None = 0
     device_bytes: int = 0
     disk_reader: str = "auto"
-    io_depth: int = 64
+    io_depth: int = 128
     num_threads: int = 1
 
     def __post_init__(self) -> None:

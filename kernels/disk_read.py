@@ -13,9 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from scone.kernels.checksum import crc32c_pages
 from scone.kernels.extension import native
 
 I64 = NDArray[np.int64]
+Sums = NDArray[np.uint32]
+
+PAGE_BYTES = 4096
+"""One checksum covers this much of what is read."""
 
 
 class SpanReader(Protocol):
@@ -23,8 +28,14 @@ class SpanReader(Protocol):
 
     name: str
 
-    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+    def read(
+        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+    ) -> None:
         """Reads sizes[i] bytes at offsets[i] of the file to buffer[places[i]:]; returns when all are there.
+
+        Args:
+            sums: takes the CRC-32C of each PAGE_BYTES of `buffer` that were read; `places` are then multiples
+                of them. Computed while other reads are under way.
 
         Raises:
             OSError: a read failed, or ended early (EIO); `buffer` is then undefined, and no read is under
@@ -51,8 +62,10 @@ class _NativeReader:
         self._short_read: int = native.SHORT_READ
         self._native: Any = native.SpanReader(fd, depth, use_uring)
 
-    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
-        result = self._native.read(offsets, sizes, places, buffer.ctypes.data, buffer.nbytes)
+    def read(
+        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+    ) -> None:
+        result = self._native.read(offsets, sizes, places, buffer.ctypes.data, buffer.nbytes, sums)
         if result == self._short_read:
             raise _short_read()
         if result:
@@ -65,10 +78,15 @@ class _SerialReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+    def read(
+        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+    ) -> None:
         for offset, size, place in zip(offsets.tolist(), sizes.tolist(), places.tolist(), strict=True):
             if os.preadv(self._fd, [buffer.data[place : place + size]], offset) != size:
                 raise _short_read()
+            if sums is not None:
+                found = crc32c_pages(buffer[place : place + size], PAGE_BYTES)
+                sums[place // PAGE_BYTES : place // PAGE_BYTES + len(found)] = found
 
 
 def _short_read() -> OSError:

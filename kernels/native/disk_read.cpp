@@ -2,10 +2,12 @@
 //
 // io_uring is used through its system calls, since liburing is one more thing to build; containers often forbid
 // it (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
-// so that a late completion can never land in memory that has been reused.
+// so that a late completion can never land in memory that has been reused. What has arrived is checksummed while
+// the rest is still under way: the processor has nothing else to do.
 #include <linux/io_uring.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,10 +19,13 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "crc32c.hpp"
 
 namespace nb = nanobind;
 
@@ -28,6 +33,8 @@ namespace scone {
 
 template <class T>
 using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+using OutSums = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t kDone = 0;
 constexpr int64_t kShortRead = -1;  // any other result is an errno
@@ -37,7 +44,16 @@ struct Span {
     uint64_t offset;
     uint32_t size;
     uint8_t* data;
+    uint32_t* sums;  // of each page, if wanted
 };
+
+constexpr uint32_t kPageBytes = 4096;
+
+static void checksum(const Span& span) {
+    if (span.sums == nullptr) return;
+    for (uint32_t at = 0, page = 0; at < span.size; at += kPageBytes, page++)
+        span.sums[page] = crc32c(0, span.data + at, std::min(kPageBytes, span.size - at));
+}
 
 class Uring {
   public:
@@ -74,6 +90,7 @@ class Uring {
         size_t next = 0, under_way = 0;
         int64_t result = kDone;
         unsigned unsubmitted = 0;
+        std::vector<size_t> arrived;
         while (under_way > 0 || (result == kDone && next < spans.size())) {
             while (result == kDone && under_way < depth_ && next < spans.size()) {
                 push(file, spans[next], next);
@@ -81,12 +98,17 @@ class Uring {
                 under_way++;
                 unsubmitted++;
             }
-            long entered = syscall(__NR_io_uring_enter, fd_, unsubmitted, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
+            // the queue is filled up again before what has arrived is looked at
+            unsigned wait_for = arrived.empty() ? 1 : 0;
+            long entered =
+                syscall(__NR_io_uring_enter, fd_, unsubmitted, wait_for, IORING_ENTER_GETEVENTS, nullptr, 0);
             if (entered < 0) {
                 if (errno == EINTR || errno == EAGAIN || errno == EBUSY) continue;
                 std::abort();  // reads may still be under way into memory that we do not own
             }
             unsubmitted -= unsigned(entered);
+            for (size_t i : arrived) checksum(spans[i]);
+            arrived.clear();
             uint32_t head = *cq_head_;
             for (uint32_t tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE); head != tail; head++, under_way--) {
                 const io_uring_cqe& entry = cqes_[head & cq_mask_];
@@ -95,10 +117,13 @@ class Uring {
                     result = -entry.res;
                 } else if (uint32_t(entry.res) != spans[entry.user_data].size) {
                     result = kShortRead;
+                } else {
+                    arrived.push_back(entry.user_data);
                 }
             }
             __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
         }
+        for (size_t i : arrived) checksum(spans[i]);
         return result;
     }
 
@@ -145,7 +170,10 @@ class Uring {
 static int64_t pread_whole(int file, const Span& span) {
     for (;;) {
         ssize_t got = pread(file, span.data, span.size, off_t(span.offset));
-        if (got == ssize_t(span.size)) return kDone;
+        if (got == ssize_t(span.size)) {
+            checksum(span);
+            return kDone;
+        }
         if (got >= 0) return kShortRead;
         if (errno != EINTR) return errno;
     }
@@ -177,17 +205,21 @@ class SpanReader {
         use_uring_ = use_uring;
     }
 
-    // Reads sizes[i] bytes at offsets[i] to address + places[i], for all i.
+    // Reads sizes[i] bytes at offsets[i] to address + places[i], for all i. With sums, places are those of pages,
+    // and sums[p] becomes the checksum of the p-th page at address.
     int64_t read(Array1<int64_t> offsets, Array1<int64_t> sizes, Array1<int64_t> places, uintptr_t address,
-                 size_t capacity) {
+                 size_t capacity, std::optional<OutSums> sums) {
         size_t n = offsets.size();
+        if (sums) capacity = std::min(capacity, sums->size() * kPageBytes);
         if (sizes.size() != n || places.size() != n) throw std::invalid_argument("spans differ in number");
         std::vector<Span> spans(n);
         for (size_t i = 0; i < n; i++) {
             int64_t offset = offsets.data()[i], size = sizes.data()[i], place = places.data()[i];
             if (offset < 0 || size < 1 || size > (1 << 30) || place < 0 || size_t(place) + size_t(size) > capacity)
                 throw std::invalid_argument("a span does not fit the buffer");
-            spans[i] = {uint64_t(offset), uint32_t(size), reinterpret_cast<uint8_t*>(address) + place};
+            if (sums && place % kPageBytes != 0) throw std::invalid_argument("a span to be checked begins within a page");
+            uint32_t* span_sums = sums ? sums->data() + place / kPageBytes : nullptr;
+            spans[i] = {uint64_t(offset), uint32_t(size), reinterpret_cast<uint8_t*>(address) + place, span_sums};
         }
         nb::gil_scoped_release unlocked;
         if (n == 1) return pread_whole(file_, spans[0]);
@@ -238,7 +270,8 @@ void register_disk_read(nb::module_& m) {
     m.def("uring_available", &uring_available);
     nb::class_<SpanReader>(m, "SpanReader")
         .def(nb::init<int, unsigned, bool>())
-        .def("read", &SpanReader::read);
+        .def("read", &SpanReader::read, nb::arg("offsets"), nb::arg("sizes"), nb::arg("places"),
+             nb::arg("address"), nb::arg("capacity"), nb::arg("sums").none());
 }
 
 }  // namespace scone

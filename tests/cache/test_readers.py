@@ -22,7 +22,8 @@ from scone.cache import FGramTable, TableConfig
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
 from scone.cache.memory_limit import available_bytes, cgroup_headroom
-from scone.kernels.disk_read import SpanReader, open_span_reader, uring_available
+from scone.kernels.checksum import crc32c_pages
+from scone.kernels.disk_read import SpanReader, Sums, open_span_reader, uring_available
 from scone.kernels.row_codec import CODECS
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS
@@ -152,21 +153,33 @@ class FaultySpans:
     def __init__(self, inner: SpanReader, fault: str) -> None:
         self.inner, self.fault = inner, fault
 
-    def read(self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8]) -> None:
+    def read(
+        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+    ) -> None:
         if self.fault == "eio":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         order = np.random.default_rng(1).permutation(len(offsets))
         self.inner.read(offsets[order], sizes[order], places[order], buffer)
+        if self.fault == "delay":
+            threading.Event().wait(0.2)
         if self.fault == "flip":
             buffer[int(places[-1]) + 9] ^= 1
         if self.fault == "swap" and len(places) > 1:
             first, last = (slice(int(p), int(p) + 4096) for p in (places[0], places[-1]))
             buffer[first], buffer[last] = buffer[last].copy(), buffer[first].copy()
+        if sums is not None:
+            sums[:] = crc32c_pages(buffer[: 4096 * len(sums)], 4096)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("eio", "Input/output error"), ("flip", "damaged"), ("swap", "damaged"), ("reorder", None)],
+    [
+        ("eio", "Input/output error"),
+        ("flip", "damaged"),
+        ("swap", "damaged"),
+        ("reorder", None),
+        ("delay", None),
+    ],
 )
 def test_faults_of_the_disk_are_typed_errors_and_never_wrong_rows(
     tables: dict[tuple[str, str], Path], fault: str, message: str | None
@@ -183,6 +196,38 @@ def test_faults_of_the_disk_are_typed_errors_and_never_wrong_rows(
             table.rows([0, 900, 1800, 3])
         reader._spans.fault = "none"
         assert torch.equal(table.rows([0, 900, 1800, 3]), expected)
+
+
+def test_a_slow_read_holds_up_no_other_thread(tables: dict[tuple[str, str], Path]) -> None:
+    files = open_table_files(tables["mmap", "raw"])
+    reader = DirectReader(files)
+    with FGramTable(files, reader) as table:
+        expected = table.rows([0, 3])
+        quick = reader._spans
+        reader._spans = FaultySpans(quick, "delay")
+        slow_rows: list[torch.Tensor] = []
+        slow = threading.Thread(target=lambda: slow_rows.append(table.rows([0, 3])))
+        slow.start()
+        threading.Event().wait(0.05)  # it is under way
+        reader._spans = quick
+        assert torch.equal(table.rows([0, 3]), expected)
+        assert not slow_rows
+        slow.join()
+        assert torch.equal(slow_rows[0], expected)
+
+
+@pytest.mark.parametrize("config", configs(100_000))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_reader_writes_anything_if_an_id_is_beyond_the_table(
+    tables: dict[tuple[str, str], Path], backend: str, config: TableConfig
+) -> None:
+    with FGramTable.open(tables[backend, "int8"], config) as table:
+        assert table.wait_loaded(30)
+        for beyond in (table.num_fgrams, 2**40, 2**63 - 1):
+            out = torch.full((3, 97), 5.0)
+            with pytest.raises(IndexError, match=f"row id {beyond} is beyond"):
+                table.read_into([0, 1, beyond], out)
+            assert (out == 5.0).all()
 
 
 def test_direct_reads_check_a_page_each_time(tables: dict[tuple[str, str], Path], tmp_path: Path) -> None:
@@ -217,6 +262,17 @@ def test_spans_are_read_at_any_depth(tmp_path: Path, use_uring: bool, depth: int
             reader.read(offsets, sizes, places, buffer)
             expected = np.concatenate([content[o : o + s] for o, s in zip(offsets, sizes, strict=True)])
             np.testing.assert_array_equal(buffer, expected)
+        pages = generator.permutation(240)[:200]
+        buffer, sums = np.zeros(200 * 4096, np.uint8), np.zeros(200, np.uint32)
+        places = np.arange(200) * 4096
+        reader.read(pages * 4096, np.full(200, 4096), places, buffer, sums)
+        np.testing.assert_array_equal(sums, crc32c_pages(buffer, 4096))
+        np.testing.assert_array_equal(buffer[:4096], content[pages[0] * 4096 :][:4096])
+        with pytest.raises(ValueError, match="within a page"):
+            reader.read(np.array([0]), np.array([30]), np.array([5]), buffer, sums)
+        with pytest.raises(ValueError, match="does not fit"):
+            reader.read(np.array([0]), np.array([4097]), np.array([0]), buffer, sums[:1])
+        buffer = buffer[:25]
         with pytest.raises(OSError, match="ended early"):
             reader.read(np.array([0, len(content) - 10]), np.array([5, 20]), np.array([0, 5]), buffer[:25])
         with pytest.raises(ValueError, match="does not fit"):
