@@ -32,7 +32,7 @@ constexpr size_t kPageBytes = 4096;             // granularity of mincore and ma
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, starting a thread costs more than it saves
 constexpr int64_t kStreamBytes = 4 << 20;       // more than this would push all else out of the caches
-constexpr int64_t kRowsAhead = 4;               // rows whose first lines are on their way while one is copied
+constexpr int64_t kRowsAhead = 8;               // rows whose first lines are on their way while one is copied
 
 // The rows of one table as bytes in memory. Row r lies in block r / rows_per_block; rows.bin is one block.
 class RowMemory {
@@ -144,19 +144,16 @@ class RowMemory {
 
     int64_t gather_range(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end,
                          const Target& target) {
+        auto ask_for = [&](int64_t row) {
+            if (row < begin || row >= end) return;
+            const uint8_t* first = address(row);
+            // the hardware prefetcher goes on from here
+            for (int line = 0; line < 4; line++) __builtin_prefetch(first + 64 * line);
+        };
         int64_t num_written = 0;
+        for (int64_t i = from; i < std::min(from + kRowsAhead, to); i++) ask_for(ids[i]);
         for (int64_t i = from; i < to; i++) {
-            if (i + kRowsAhead < to) {
-                int64_t later = ids[i + kRowsAhead];
-                if (later >= begin && later < end) {
-                    const uint8_t* p = address(later);
-                    // the hardware prefetcher goes on from here
-                    __builtin_prefetch(p);
-                    __builtin_prefetch(p + 64);
-                    __builtin_prefetch(p + 128);
-                    __builtin_prefetch(p + 192);
-                }
-            }
+            if (i + kRowsAhead < to) ask_for(ids[i + kRowsAhead]);
             int64_t row = ids[i];
             if (row < begin || row >= end) continue;
             if (sums_ != nullptr && !row_is_sound(row)) return kDamagedRow - row;

@@ -161,10 +161,9 @@ class Matcher {
         int64_t batch = int64_t(windows.shape(0)), width = int64_t(windows.shape(1));
         if (int64_t(rows.size()) != batch || int64_t(lengths.size()) != batch || width < 1)
             throw std::invalid_argument("windows, rows and lengths differ in size");
-        if (batch > 0 && width > 1 && windows.stride(1) != 1)
-            throw std::invalid_argument("the tokens of a window must lie side by side");
         nb::gil_scoped_release unlocked;
-        return match_windows(windows.data(), windows.stride(0), batch, width, rows.data(), lengths.data());
+        return match_windows(windows.data(), windows.stride(0), windows.stride(1), batch, width, rows.data(),
+                             lengths.data());
     }
 
     // Matches the last position of each sequence, a list of token ids.
@@ -180,7 +179,7 @@ class Matcher {
                 windows[(i + 1) * width - num + k] = nb::cast<int64_t>(tokens[size - num + k]);
         }
         nb::gil_scoped_release unlocked;
-        return match_windows(windows.data(), int64_t(width), int64_t(batch), int64_t(width), rows.data(),
+        return match_windows(windows.data(), int64_t(width), 1, int64_t(batch), int64_t(width), rows.data(),
                              lengths.data());
     }
 
@@ -196,21 +195,21 @@ class Matcher {
     }
 
     template <class Token>
-    int64_t match_windows(const Token* data, int64_t stride, int64_t batch, int64_t width, int64_t* rows,
-                          int8_t* lengths) const {
+    int64_t match_windows(const Token* data, int64_t stride, int64_t step, int64_t batch, int64_t width,
+                          int64_t* rows, int8_t* lengths) const {
         int64_t longest = std::min<int64_t>(width, index_.max_n);
         int64_t fault = kNoFault;
         bool readable = guarded([&] {
             Block block;
             for (int64_t begin = 0; begin < batch && fault == kNoFault; begin += kBlock) {
                 int64_t size = std::min(kBlock, batch - begin);
-                const Token* newest = data + begin * stride + width - 1;
+                const Token* newest = data + begin * stride + (width - 1) * step;
                 for (int64_t i = 0; i < size; i++) {
                     int reach = 0;
-                    while (reach < longest && is_token(newest[i * stride - reach])) reach++;
+                    while (reach < longest && is_token(newest[i * stride - reach * step])) reach++;
                     block.reach[i] = uint8_t(reach);
                 }
-                auto token = [&](int64_t i, int back) { return uint32_t(newest[i * stride - back]); };
+                auto token = [&](int64_t i, int back) { return uint32_t(newest[i * stride - back * step]); };
                 fault = match_block<false>(index_, block, size, token, rows + begin, lengths + begin);
             }
         });

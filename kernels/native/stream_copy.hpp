@@ -1,8 +1,7 @@
 // Copies that leave the caches alone.
 //
 // An ordinary store first reads the line it will overwrite. For outputs that no cache can hold, streaming stores
-// save that third of the traffic: random rows of 4 KiB come at 10 to 14 GB/s instead of 7 to 10
-// (docs/lookup.md). They need SSE2, which every x86-64 has; elsewhere this is memcpy.
+// save that third of the traffic. They need SSE2, which every x86-64 has; elsewhere this is memcpy.
 #pragma once
 
 #include <cstddef>

@@ -97,6 +97,23 @@ def test_inputs_may_be_lists_arrays_or_tensors(
         assert set(table.stats.lookups) == set(lengths.tolist())
 
 
+def test_strided_tokens_and_ids_are_read_as_they_are(
+    tables: dict[str, Path], zipf_tokens: NDArray[np.int64]
+) -> None:
+    with FGramTable.open(tables["lmdb-raw"]) as table:
+        every_third = zipf_tokens[:900:3]
+        expected, _ = table.match(every_third.copy())
+        np.testing.assert_array_equal(table.match(every_third)[0], expected)
+        backwards = zipf_tokens[299::-1]
+        np.testing.assert_array_equal(table.match(backwards)[1], table.match(backwards.copy())[1])
+        wide = np.repeat(zipf_tokens[:50, None], 5, axis=1).astype(np.int32)
+        column_major = np.asfortranarray(wide)
+        np.testing.assert_array_equal(table.match_last(column_major)[0], table.match_last(wide)[0])
+        ids = np.arange(200)
+        assert torch.equal(table.rows(ids[::2]), table.rows(ids[::2].copy()))
+        assert torch.equal(table.rows(torch.arange(200)[::2]), table.rows(ids[::2].copy()))
+
+
 def test_ids_beyond_the_table_raise_before_anything_is_written(tables: dict[str, Path]) -> None:
     for name in ("mmap-raw", "lmdb-raw"):
         with FGramTable.open(tables[name]) as table:
@@ -172,11 +189,12 @@ def test_a_file_truncated_under_the_server_is_an_error_and_no_crash(
             table.match_last(zipf_tokens[None, :5])
 
 
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
 def test_a_table_replaced_under_the_server_is_not_seen(
-    tables: dict[str, Path], tmp_path: Path, zipf_fgrams: FGramSet
+    tables: dict[str, Path], tmp_path: Path, zipf_fgrams: FGramSet, reader: str
 ) -> None:
     copy = shutil.copytree(tables["mmap-raw"], tmp_path / "t")
-    with FGramTable.open(copy) as table:
+    with FGramTable.open(copy, TableConfig(disk_reader=reader)) as table:
         expected = table.rows(np.arange(10))
         shutil.rmtree(copy)
         hashes: dict[str, Any] = {"model_hash": "99" * 32, "tokenizer_hash": "74" * 32}

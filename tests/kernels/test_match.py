@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from scone.kernels import fgram_hash
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.fgram_hash import BUCKET_DTYPE
-from scone.kernels.match import BucketIndex, Matcher, match_reference
+from scone.kernels.match import MAX_N, BucketIndex, Matcher, match_reference
 from scone.model_store.errors import TableError
 from scone.model_store.fgram_index import build_index
 from scone.model_store.fgram_set import FGramSet
@@ -92,6 +94,22 @@ def test_chunks_with_their_last_four_tokens_equal_the_whole(
         part = matcher.match(tokens[begin - history : begin + chunk])
         np.testing.assert_array_equal(part[0][history:], rows[begin : begin + chunk])
         np.testing.assert_array_equal(part[1][history:], lengths[begin : begin + chunk])
+
+
+def test_threads_share_a_matcher_and_its_counts(
+    zipf_index: BucketIndex, zipf_tokens: NDArray[np.int64]
+) -> None:
+    counts = np.zeros(MAX_N + 1, np.int64)
+    matchers = [Matcher(zipf_index, counts), Matcher(zipf_index, counts)]
+    texts = [zipf_tokens[begin : begin + 3000] for begin in range(0, 24_000, 3000)]
+    expected = [Matcher(zipf_index).match(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: matchers[i % 2].match(texts[i % 8]), range(200)))
+    for i, (rows, lengths) in enumerate(found):
+        np.testing.assert_array_equal(rows, expected[i % 8][0])
+        np.testing.assert_array_equal(lengths, expected[i % 8][1])
+    total = sum(np.bincount(lengths, minlength=MAX_N + 1) for _, lengths in expected)
+    np.testing.assert_array_equal(counts, 25 * np.asarray(total))
 
 
 @pytest.mark.parametrize("width", [1, 4, 5, 9])
@@ -209,6 +227,32 @@ def test_a_damaged_bucket_is_an_error_and_no_answer(
         Matcher(index).match(zipf_tokens[:50])
     with pytest.raises(DamagedDataError, match="bucket"):
         match_reference(index, zipf_tokens[:50], np.array([0, 50]))
+
+
+def test_an_index_is_built_stretch_by_stretch_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the keys in four times the stretches: the same bytes, and no more memory than for one."""
+
+    def peak_bytes(num_keys: int) -> int:
+        tokens = np.full((num_keys, 2), -1, np.int32)
+        tokens[:, 0], tokens[:, 1] = np.arange(num_keys) // 1000, np.arange(num_keys) % 1000
+        lengths, counts = np.full(num_keys, 2, np.uint8), np.full(num_keys, 5, np.int64)
+        fgrams = FGramSet(tokens, lengths, counts, "74" * 32, 5, num_keys)
+        tracemalloc.start()
+        build_index(fgrams, tmp_path / f"{num_keys}.bin", TABLE_ID)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    whole = peak_bytes(400_000)
+    digest = (tmp_path / "400000.bin").read_bytes()
+    monkeypatch.setattr("scone.model_store.fgram_index._KEYS_PER_STRETCH", 50_000)
+    monkeypatch.setattr("scone.model_store.fgram_index._KEYS_PER_SCAN", 10_000)
+    part, four_parts = peak_bytes(100_000), peak_bytes(400_000)
+    assert (tmp_path / "400000.bin").read_bytes() == digest
+    assert four_parts < 1.3 * part
+    assert whole > 3 * four_parts  # tracemalloc sees the arrays
 
 
 def test_header_names_the_shape(zipf_fgrams: FGramSet, tmp_path: Path) -> None:
