@@ -23,10 +23,13 @@ DEMO  := $(if $(filter $(DEMO_MODEL),$(MODEL)),$(DEMO_GGUF)) \
          $(if $(filter $(DEMO_TABLE),$(TABLE)),$(DEMO_TABLE)/manifest.json)
 SERVE := $(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --host $(HOST) --port $(PORT)
 
+# The package with kernels that watch themselves, beside the real one.
+SANITIZED := build/sanitized/lib
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy test-openapi test-triton test-clients check bench docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-clients check bench docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -41,6 +44,17 @@ test: $(VENV)/.test $(DEMO_GGUF) links ## run the test suite (installs what it n
 
 test-heavy: $(VENV)/.test $(DEMO_GGUF) links ## run the tests that take minutes or large installs
 	$(BIN)/python -m pytest -m heavy
+
+test-lookups: $(VENV)/.test links ## make ten million random look-ups in all readers and codecs, and compare (minutes)
+	$(BIN)/python -m pytest -q -m heavy tests/cache/test_random_lookups.py
+
+test-sanitized: $(VENV)/.test links ## build the kernels with ASan and UBSan and run their tests (minutes)
+	SCONE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitized/temp --build-lib $(SANITIZED)
+	@ls $(SANITIZED)/scone/kernels/_native*.so >/dev/null # optional for an install, not here
+	@cp kernels/*.py $(SANITIZED)/scone/kernels
+	@for d in $(filter-out kernels,$(FLOORS)); do ln -sfn $(CURDIR)/$$d $(SANITIZED)/scone/$$d; done
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	$(BIN)/python -m pytest -q -m "not heavy" tests/kernels tests/cache/test_readers.py tests/cache/test_refusals.py
 
 test-openapi: $(VENV)/.test links ## compare the OpenAPI document with the server's behaviour (schemathesis, own environment)
 	@test -x .venv-openapi/bin/schemathesis || { $(PYTHON) -m venv .venv-openapi && .venv-openapi/bin/pip install --quiet 'schemathesis>=4.32,<5'; }

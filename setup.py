@@ -11,7 +11,14 @@ import nanobind
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# -O1 after -O3: a build of half the time, and still the paths that the tests take
+SANITIZERS = [
+    "-O1",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+]
 EXTRA = SANITIZERS if os.environ.get("SCONE_SANITIZE") == "1" else []
 NANOBIND = Path(nanobind.source_dir()).parent
 
