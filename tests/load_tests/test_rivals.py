@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from load_tests.contestants import ours
-from load_tests.rivals import medians, ratios, table
+from load_tests.rivals import bests, medians, ratios, table
 
 ROUNDS = {
     "scone auto": [
@@ -22,6 +22,15 @@ def test_medians_are_those_of_the_rounds() -> None:
         "8": 300.0,
         "first_token_ms": 520.0,
         "stolen_percent": 1.0,
+    }
+
+
+def test_the_best_round_is_the_fastest() -> None:
+    assert bests(ROUNDS)["scone auto"] == {
+        "prefill": 1000.0,
+        "8": 310.0,
+        "first_token_ms": 500.0,
+        "stolen_percent": 0.0,
     }
 
 
