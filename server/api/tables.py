@@ -5,7 +5,6 @@ in its place (POST /admin/tables/reload).
 from __future__ import annotations
 
 import logging
-import threading
 from typing import Any, Literal
 
 from anyio import to_thread
@@ -121,10 +120,14 @@ async def reload_table(request: Request) -> Any:
         if newest is None:
             state.metrics.table_reloads.labels("unchanged").inc()
             return TableReload(changed=False, table=_card(served))
+        # First what this side looks at: the former may be closed as soon as the engine has the newest.
         former = served.switch(newest)
-        # Closing waits for reads under way, which is not for the engine's thread.
-        closing = threading.Thread(target=former.close, name="close-table", daemon=True)
-        model.engine.swap_table(newest.table, on_retired=closing.start)
+        try:
+            await to_thread.run_sync(model.engine.swap_table, newest.table, former.close)
+        except BaseException:
+            served.switch(former)
+            newest.close()
+            raise
         state.metrics.table_reloads.labels("switched").inc()
         logger.info(
             "table generation %d: %s, %s", newest.number, newest.folder, newest.table.manifest.table_id

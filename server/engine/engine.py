@@ -149,7 +149,7 @@ class Engine:
     def swap_table(self, table: FGramTable | None, on_retired: Callable[[], None]) -> None:
         """New requests use `table`, requests under way keep the one they began with.
 
-        `on_retired` is called on the engine thread once nothing uses the old one; close it then.
+        `on_retired` is called, on a thread of its own, once nothing uses the old one; close it then.
         """
         self.swap_rows(None if table is None else read_ahead(table, self.overlay.device), on_retired)
 
@@ -301,6 +301,13 @@ class Engine:
             retired = [(rows, call) for rows, call in self._retired if rows not in in_use]
             self._retired = [(rows, call) for rows, call in self._retired if rows in in_use]
         for rows, on_retired in retired:
-            if rows is not None:
-                rows.close()
-            on_retired()
+            # Closing waits for reads under way, which is not for this thread.
+            threading.Thread(
+                target=_retire, args=(rows, on_retired), name="retire-table", daemon=True
+            ).start()
+
+
+def _retire(rows: InputRows | None, on_retired: Callable[[], None]) -> None:
+    if rows is not None:
+        rows.close()
+    on_retired()
