@@ -22,12 +22,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from load_tests.client import ResponseError, complete, get_text, post_json, stream_events
+from load_tests.client import RequestRecord, ResponseError, complete, get_text, post_json, stream_events
 
 ANONYMOUS = 'scone_process_resident_bytes{kind="anon"}'
 GAUGES = ("scone_num_requests_running", "scone_num_requests_waiting", "scone_kv_cache_usage_perc")
 NUM_SAMPLES = 30
+MAX_TICK_SECONDS = 5.0
+"""Longer silence of the clock means that the process did not run at all."""
+REQUEST_SECONDS = 3600.0
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "be", "from")
+
+
+class RunningTime:
+    """Seconds that the process has run: those that it was stopped, or the machine slept, do not count."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    async def count(self) -> None:
+        """Never returns."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.5)
+            now = time.monotonic()
+            self.seconds += min(now - last, MAX_TICK_SECONDS)
+            last = now
+
+    async def wait_until(self, seconds: float) -> None:
+        while self.seconds < seconds:
+            await asyncio.sleep(0.5)
 
 
 class Soak:
@@ -35,10 +58,11 @@ class Soak:
 
     def __init__(self, url: str, seed: int) -> None:
         self.url = url
+        self.time = RunningTime()
         self.outcomes: Counter[str] = Counter()
         self._draw = random.Random(seed)
 
-    async def client(self, end: float) -> None:
+    async def client(self, seconds: float) -> None:
         """One client; each request is of a kind drawn anew."""
         kinds = (
             self._answered,
@@ -50,7 +74,7 @@ class Soak:
             self._malformed,
             self._reloaded,
         )
-        while time.monotonic() < end:
+        while self.time.seconds < seconds:
             await self._draw.choice(kinds)()
 
     async def anonymous_bytes(self) -> float:
@@ -65,13 +89,16 @@ class Soak:
         length = self._draw.randint(1, 64)
         return {"prompt": " ".join(words), "max_tokens": length, "ignore_eos": True, **fields}
 
+    async def _complete(self, **fields: Any) -> RequestRecord:
+        return await complete(self.url, self._body(**fields), timeout_seconds=REQUEST_SECONDS)
+
     async def _answered(self) -> None:
         prompts = [self._body()["prompt"] for _ in range(self._draw.choice((1, 1, 4)))]
-        record = await complete(self.url, self._body(prompt=prompts, n=self._draw.choice((1, 2))))
+        record = await self._complete(prompt=prompts, n=self._draw.choice((1, 2)))
         self._note("answered", record.error)
 
     async def _scored(self) -> None:
-        record = await complete(self.url, self._body(echo=True, logprobs=5, max_tokens=1))
+        record = await self._complete(echo=True, logprobs=5, max_tokens=1)
         self._note("scored", record.error)
 
     async def _abandoned(self) -> None:
@@ -132,14 +159,15 @@ async def run(options: argparse.Namespace) -> int:
     """The whole soak; returns the exit code."""
     soak = Soak(options.url, options.seed)
     seconds = options.minutes * 60
-    end = time.monotonic() + seconds
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    clients = [asyncio.create_task(soak.client(end)) for _ in range(options.concurrency)]
+    counting = asyncio.create_task(soak.time.count())
+    clients = [asyncio.create_task(soak.client(seconds)) for _ in range(options.concurrency)]
     samples = []
-    for _ in range(NUM_SAMPLES):
-        await asyncio.sleep(seconds / NUM_SAMPLES)
+    for i in range(NUM_SAMPLES):
+        await soak.time.wait_until(seconds * (i + 1) / NUM_SAMPLES)
         samples.append(await soak.anonymous_bytes() / 2**20)
     await asyncio.gather(*clients)
+    counting.cancel()
     await asyncio.sleep(5)
     baseline = samples[NUM_SAMPLES // 5 - 1]
     growth_mib = await soak.anonymous_bytes() / 2**20 - baseline

@@ -230,12 +230,12 @@ def serve() -> Serve:
         thread = threading.Thread(target=loop.run_until_complete, args=(http_server.run_until_stopped(),))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             try:
                 yield LiveServer(url, state, http_server, loop, client)
             finally:
                 http_server.should_exit = http_server.force_exit = True
-                thread.join(10)
+                thread.join(60)
                 loop.run_until_complete(loop.shutdown_asyncgens())
                 loop.close()
                 assert not thread.is_alive()
