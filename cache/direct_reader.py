@@ -73,6 +73,9 @@ class DirectReader:
     def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         return (row_ids >= begin) & (row_ids < end)
 
+    def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
+        """Nothing: a read asks for all its rows at once."""
+
     def close(self) -> None:
         """Closes the file; no read may be under way."""
         if self._fd >= 0:

@@ -278,14 +278,22 @@ class FGramTable:
                 seconds = time.perf_counter() - started
                 self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
 
+    @property
+    def never_waits(self) -> bool:
+        """Whether every row is in memory, here or on the device."""
+        return max(self._ram.num_loaded if self._ram else 0, self.num_device_rows) == self._num_rows
+
     def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
         ids = _row_id_array(row_ids)
-        num_ram_rows = self._ram.num_loaded if self._ram else 0
-        first = max(num_ram_rows, self.num_device_rows)
-        if first == self.num_fgrams:
+        if self.never_waits:
             return np.zeros(len(ids), np.bool_)
+        first = max(self._ram.num_loaded if self._ram else 0, self.num_device_rows)
         return self._disk.may_wait(ids, first, self.num_fgrams)
+
+    def will_need(self, row_ids: NDArray[np.int64]) -> None:
+        """Asks the disk for rows (n,) that are about to be read one after the other."""
+        self._disk.will_need(row_ids, self._ram.num_loaded if self._ram else 0, self._num_rows)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""

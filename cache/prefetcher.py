@@ -92,6 +92,7 @@ class PendingRows:
             if not len(wanted):
                 return "cancelled"
             self._table.stats.add_requested(int((places >= 0).sum()), len(wanted))
+            self._table.will_need(wanted)  # without it, each row's page fault waits for the one before
             self._rows = self._read_rows(wanted)
             self._places = places
         except BaseException as error:  # a worker must never leave a sequence waiting
@@ -155,6 +156,9 @@ class Prefetcher:
             reason: `demand`, or the name of a speculation, which only warms what a later demand will read.
             apart: the rows are wanted by different parties: one that cannot be read fails by itself.
         """
+        if self._table.never_waits:
+            self._table.stats.add_prefetch("inline")
+            return None
         ids = np.array(row_ids, np.int64)  # a copy: the caller may reuse its buffer
         awaited = self._table.may_wait(ids)
         if not awaited.any():

@@ -44,6 +44,9 @@ class RowReader(Protocol):
     def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         """Which of `row_ids` (n,) are in [begin, end) and may have to be waited for."""
 
+    def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
+        """Starts reading those of `row_ids` that are in [begin, end), all at once; only a hint."""
+
     def close(self) -> None: ...
 
 
@@ -80,6 +83,9 @@ class MappedReader:
 
     def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         return self._memory.absent(row_ids, begin, end)
+
+    def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
+        self._memory.will_need(row_ids, begin, end)
 
     def close(self) -> None:
         """The mapping goes with the last view of it."""

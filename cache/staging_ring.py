@@ -143,7 +143,12 @@ class StagingRing:
         Raises:
             ValueError: the slot was not filled with these row ids.
         """
-        if slot.state is not SlotState.READY or not np.array_equal(slot.row_ids[: slot.num_rows], row_ids):
+        filled_with = slot.row_ids[: slot.num_rows]
+        if (
+            slot.state is not SlotState.READY
+            or len(filled_with) != len(row_ids)
+            or not (filled_with == row_ids).all()
+        ):
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE

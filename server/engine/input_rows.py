@@ -193,14 +193,13 @@ class InputRows:
 
     def row_ids(self, parts: Sequence[Part]) -> NDArray[np.int64]:
         """(num_inputs,) int64, the parts' inputs one after the other; -1 where there is no row."""
+        if all([num_inputs == 1 for _, _, num_inputs in parts]):  # all decode
+            return np.array(
+                [-1 if rows is None else rows.row_ids[start] for rows, start, _ in parts], np.int64
+            )
         row_ids: list[int] = []
         for rows, start, num_inputs in parts:
-            if rows is None:
-                row_ids += [-1] * num_inputs
-            elif num_inputs == 1:
-                row_ids.append(rows.row_ids[start])
-            else:
-                row_ids += rows.row_ids[start : start + num_inputs]
+            row_ids += [-1] * num_inputs if rows is None else rows.row_ids[start : start + num_inputs]
         return np.array(row_ids, np.int64)
 
     def gather(
