@@ -154,13 +154,15 @@ def test_every_input_is_the_row_of_its_longest_fgram(
     inputs: dict[tuple[int, ...], Tensor] = {}
     run_forward = ModelRunner.forward
 
-    def recording(self: ModelRunner, chunks: Sequence[Chunk], embeddings: Tensor) -> Tensor:
+    def recording(
+        self: ModelRunner, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None
+    ) -> Tensor:
         row = 0
         for chunk in chunks:
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 inputs[tuple(chunk.seq.token_ids[: position + 1])] = embeddings[row].clone()
                 row += 1
-        return run_forward(self, chunks, embeddings)
+        return run_forward(self, chunks, embeddings, num_layers)
 
     monkeypatch.setattr(ModelRunner, "forward", recording)
     prompts = [shipped.tokenizer().encode(text) for text in TEXTS]
