@@ -263,15 +263,13 @@ def test_lmdb_costs_at_most_two_percent(dim: int) -> None:
     assert (pages * 4096 + 27) / (rows * row_bytes) <= 1.02
 
 
-@pytest.mark.parametrize(("dim", "num_rows"), [(576, 4000), (2048, 1800), (4096, 900)])
+@pytest.mark.parametrize("dim", [576, 2048, 4096])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_on_disk_cost_at_most_two_percent(
-    tmp_path: Path, zipf_fgrams: FGramSet, write_table: WriteTable, backend: str, dim: int, num_rows: int
+    tmp_path: Path, zipf_fgrams: FGramSet, write_table: WriteTable, backend: str, dim: int
 ) -> None:
     """One row of 4096 or 8192 bytes to a key, LMDB would take twice or one and a half times their size."""
-    fgrams = zipf_fgrams.head(num_rows)
-    assert len(fgrams) == num_rows
-    table = write_table(tmp_path / "t", fgrams, dim=dim, backend=backend)
+    table = write_table(tmp_path / "t", zipf_fgrams, dim=dim, backend=backend)
     manifest = TableManifest.read(table)
     stored = rows_file(table).stat().st_size + (table / "checksums.bin").stat().st_size
     stored += (table / "blocks.bin").stat().st_size if backend == "lmdb" else 0
