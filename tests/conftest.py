@@ -13,6 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from scone.cache.device import Event, Stream
+from scone.cache.sim_device import SimDevice
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_set import FGramSet, rank_order
 from scone.model_store.model_config import ModelConfig
@@ -34,6 +36,26 @@ TINY = ModelConfig(
     max_position=512,
     eos_ids=(2,),
 )
+
+
+class Forgetful(SimDevice):
+    """A device on which one kind of synchronisation does nothing, as if its line were deleted."""
+
+    def __init__(self, seed: int, forgotten: str) -> None:
+        super().__init__(seed)
+        self.forgotten = forgotten
+
+    def synchronize(self, event: Event) -> None:
+        if self.forgotten != "host waits for copied":
+            super().synchronize(event)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        if self.forgotten != f"{stream.value} stream waits":
+            super().wait(stream, event)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        if self.forgotten != f"{stream.value} stream is recorded":
+            super().record(event, stream)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ that raises) ends that request alone.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,21 +23,20 @@ from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer, TokenBytes
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
+from scone.server.engine.head import sample_tokens, score_prompt
 from scone.server.engine.input_rows import InputRows
 from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import Runner
-from scone.server.engine.observer import EngineObserver, StepStats
+from scone.server.engine.observer import EngineObserver, step_stats
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.prefix_cache import root_hash
 from scone.server.engine.row_overlay import RowOverlay, staging_device
-from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
+from scone.server.engine.row_waits import RowWaits
+from scone.server.engine.sampler import SamplerState
 from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState, Status
 from scone.server.sequence import Delta, FinishReason
 
 logger = logging.getLogger(__name__)
-
-PROMPT_LOGITS_ROWS = 64
-"""Prompt positions whose logits are held at once: 64 x 49152 x 4 bytes are 12 MiB."""
 
 
 class EngineCore:
@@ -71,7 +69,7 @@ class EngineCore:
         )
         self._generations: dict[scheduler.Sequence, Generation] = {}
         self._step_seconds = 0.0  # of the last step, without waiting for rows
-        self._reading: set[Generation] = set()  # those with rows that were not there when last looked
+        self._row_waits = RowWaits()
 
     @property
     def has_work(self) -> bool:
@@ -99,7 +97,7 @@ class EngineCore:
         if run.input_rows is not None:
             try:
                 generation.rows = run.input_rows.match(request.input_ids)
-                self._note_rows(generation)
+                self._row_waits.note(generation)
             except RowReadError as error:
                 self._fail(generation, str(error))
             except Exception:
@@ -114,8 +112,8 @@ class EngineCore:
         """Advances whatever can be; false if nothing could, for want of requests or of rows."""
         began = time.monotonic()
         self._stage_waiting()
-        self._poll_rows()
-        self._await_rows()
+        self._row_waits.poll()
+        self._row_waits.wait(len(self.state.running), self._step_seconds)
         schedule = scheduler.schedule(self.state)
         self._settle(schedule)
         chunks = schedule.chunks
@@ -150,45 +148,12 @@ class EngineCore:
         if generation.rows is not None and generation.run.input_rows is not None:
             try:
                 generation.run.input_rows.stage(generation.rows, start)
-                self._note_rows(generation)
+                self._row_waits.note(generation)
             except Exception:
                 logger.exception(
                     "request %s: its rows cannot be asked for", generation.run.request.request_id
                 )
                 self._fail(generation, "internal error while asking for f-gram rows")
-
-    def _poll_rows(self) -> None:
-        for generation in list(self._reading):
-            self._note_rows(generation)
-
-    def _await_rows(self) -> None:
-        """Waits for rows of decoding sequences, no longer than leaving them out of the step would cost.
-
-        Left out, they stand idle for a step: their share of it is lost. Each row is waited for once.
-        """
-        awaited = [g for g in self._reading if not g.was_awaited and g.seq.num_uncomputed_tokens == 1]
-        if not awaited:
-            return
-        share = len(awaited) / max(1, len(self.state.running))
-        deadline = time.monotonic() + share * self._step_seconds
-        for generation in awaited:
-            generation.was_awaited = True
-            assert generation.rows is not None
-            generation.rows.wait(deadline - time.monotonic())
-            self._note_rows(generation)
-
-    def _note_rows(self, generation: Generation) -> None:
-        """Tells the scheduler which inputs of a sequence have their rows; to be called when that changes."""
-        seq, rows = generation.seq, generation.rows
-        if rows is None:
-            seq.ready_from, seq.ready_to = 0, sys.maxsize
-            return
-        seq.ready_from, seq.ready_to = rows.ready_range()
-        if rows.reads and seq.ready_to != sys.maxsize:
-            self._reading.add(generation)
-        else:
-            self._reading.discard(generation)
-            generation.was_awaited = False
 
     def _settle(self, schedule: Schedule) -> None:
         """Follows up what the scheduler decided: reads to give up, reads to issue, times to note."""
@@ -197,7 +162,7 @@ class EngineCore:
             generation = self._generations[seq]
             if generation.rows is not None:
                 generation.rows.cancel()
-                self._note_rows(generation)
+                self._row_waits.note(generation)
         for seq in schedule.starved:
             generation = self._generations[seq]
             if generation.starved_since is None:
@@ -259,11 +224,12 @@ class EngineCore:
         for chunk, part in zip(chunks, parts, strict=True):
             generation = self._generations[chunk.seq]
             scheduler.commit(self.state, chunk)
-            self._count_prompt_tokens(generation.run, chunk.seq.num_computed_tokens)
+            if num_new := generation.run.count_prompt_tokens(chunk.seq.num_computed_tokens):
+                self.observer.on_prompt_tokens(num_new)
             if generation.rows is not None and generation.rows.reads:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if generation.needs_prompt_logits:
-                self._score_prompt(generation, chunk, part)
+                score_prompt(self._runner, generation.run, chunk, part)
             if generation.run.pooler is not None:
                 self._pool(generation, generation.run.pooler, chunk, part)
             elif chunk.reaches_end:
@@ -280,18 +246,6 @@ class EngineCore:
             return
         self._close(generation)
         self._finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
-
-    def _score_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
-        """Fills in the log-probabilities of prompt tokens that follow the chunk's positions."""
-        run = generation.run
-        assert run.prompt_logprobs is not None
-        num_top = run.request.sampling.prompt_logprobs or 0
-        targets = run.request.input_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-        for begin in range(0, len(targets), PROMPT_LOGITS_ROWS):
-            ids = targets[begin : begin + PROMPT_LOGITS_ROWS]
-            logits = self._runner.logits(hidden[begin : begin + len(ids)])
-            first = chunk.start + 1 + begin
-            run.prompt_logprobs[first : first + len(ids)] = token_logprobs(logits, ids, [num_top] * len(ids))
 
     def _fork(self, generation: Generation) -> list[Generation]:
         """The sequences to sample from this one's logits: itself and, the first time, its siblings."""
@@ -317,7 +271,7 @@ class EngineCore:
                 started.append(sibling)
             elif sibling.rows is not None:
                 sibling.rows.cancel()  # it computes the prompt itself
-            self._note_rows(sibling)
+            self._row_waits.note(sibling)
         self._runner.copy_blocks(copies)
         return started
 
@@ -330,14 +284,14 @@ class EngineCore:
                 finished.append((generation, generation.delta(reason="length")))
             else:
                 wanted.append((generation, hidden))
-        tokens = self._sample_tokens(wanted)
+        tokens = sample_tokens(self._runner, [(g.sampler, hidden) for g, hidden in wanted])
         now = time.monotonic()
         for (generation, _), token in zip(wanted, tokens, strict=True):
             if token.token_id is None and generation.seq in self._generations:
                 self._fail(generation, "the model's output is not finite", forget=True)
         for (generation, _), token in zip(wanted, tokens, strict=True):
             if generation.seq in self._generations:  # neither it nor a sibling has failed
-                self._note_token_time(generation, now)
+                generation.note_token_time(now, self.observer)
                 delta = generation.accept(token)
                 (deltas if delta.finish_reason is None else finished).append((generation, delta))
         # The reads are issued first: they go on while the deltas are delivered.
@@ -349,23 +303,6 @@ class EngineCore:
         for generation, delta in deltas:
             if generation.seq in self._generations:  # no receiver of a sibling has failed
                 self._deliver(generation, delta)
-
-    def _sample_tokens(self, wanted: Sequence[tuple[Generation, Tensor]]) -> list[SampledToken]:
-        if not wanted:
-            return []
-        restricted = [g.run.request.sampling.allowed_token_ids for g, _ in wanted]
-        hidden = torch.stack([h for _, h in wanted])
-        if not any(restricted):
-            logits = self._runner.logits(hidden)
-        else:
-            rows = [i for i, ids in enumerate(restricted) if ids is None]
-            logits = torch.empty(len(wanted), self._runner.vocab_size)
-            if rows:
-                logits[rows] = self._runner.logits(hidden[rows])
-            for i, ids in enumerate(restricted):
-                if ids is not None:
-                    logits[i] = self._runner.logits_of(hidden[i : i + 1], ids)[0]
-        return sample(logits, [g.sampler for g, _ in wanted])
 
     def _extend_rows(self, generations: Sequence[Generation]) -> None:
         """Matches the newest tokens and asks for their rows: one match and one read per table."""
@@ -382,7 +319,7 @@ class EngineCore:
         rows = [g.rows for g in group if g.rows is not None]
         if source.extend(rows, [g.seq.token_ids for g in group]):
             for generation in group:
-                self._note_rows(generation)
+                self._row_waits.note(generation)
 
     def _extend_alone(self, source: InputRows, generation: Generation) -> None:
         try:
@@ -417,7 +354,7 @@ class EngineCore:
     def _close(self, generation: Generation, *, forget: bool = False) -> None:
         """Gives back everything a sequence holds."""
         del self._generations[generation.seq]
-        self._reading.discard(generation)
+        self._row_waits.forget(generation)
         if generation.rows is not None:
             generation.rows.cancel()
         if generation.seq.status is not Status.FINISHED:
@@ -459,39 +396,10 @@ class EngineCore:
         )
         run.generations.append(generation)
         self._generations[seq] = generation
-        self._note_rows(generation)
+        self._row_waits.note(generation)
         return generation
-
-    def _count_prompt_tokens(self, run: RequestRun, num_computed_tokens: int) -> None:
-        """Not those that a preempted sequence or a sibling computes again."""
-        num_new = min(num_computed_tokens, len(run.request.input_ids)) - run.num_counted_tokens
-        if num_new > 0:
-            run.num_counted_tokens += num_new
-            self.observer.on_prompt_tokens(num_new)
-
-    def _note_token_time(self, generation: Generation, now: float) -> None:
-        if generation.first_token_at is None:
-            generation.first_token_at = now
-            self.observer.on_first_token(generation.run.request, now - generation.run.submitted_at)
-        else:
-            self.observer.on_token(now - generation.last_token_at)
-        generation.last_token_at = now
 
     def _report(self, schedule: Schedule, seconds: float) -> None:
         if not schedule.chunks and not schedule.preempted:
             return
-        num_decode = sum(c.num_tokens == 1 for c in schedule.chunks)
-        pool = self.state.pool
-        self.observer.on_step(
-            StepStats(
-                num_prefill_tokens=sum(c.num_tokens for c in schedule.chunks) - num_decode,
-                num_decode_tokens=num_decode,
-                num_running=len(self.state.running),
-                num_waiting=len(self.state.waiting),
-                kv_cache_usage=1 - pool.num_free / pool.num_blocks,
-                seconds=seconds,
-                num_prefix_queries=schedule.num_prefix_queries,
-                num_prefix_hits=schedule.num_prefix_hits,
-                num_preempted=len(schedule.preempted),
-            )
-        )
+        self.observer.on_step(step_stats(self.state, schedule, seconds))

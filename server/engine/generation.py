@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.observer import EngineObserver
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.sequence import Delta, FinishReason, GenerationRequest, RequestUsage, TokenLogprob
@@ -56,6 +57,12 @@ class RequestRun:
         """Whether the states of the whole prompt are wanted, so that none may come from the cache."""
         pooling = self.request.pooling
         return self.prompt_logprobs is not None or (pooling is not None and pooling.kind == "mean")
+
+    def count_prompt_tokens(self, num_computed_tokens: int) -> int:
+        """How many are new; not those that a preempted sequence or a sibling computes again."""
+        num_new = max(0, min(num_computed_tokens, len(self.request.input_ids)) - self.num_counted_tokens)
+        self.num_counted_tokens += num_new
+        return num_new
 
     @property
     def is_over(self) -> bool:
@@ -113,6 +120,15 @@ class Generation:
             text += self.detokenizer.finish()
         logprobs = None if token.logprob is None else (token.logprob,)
         return self.delta(text, (token_id,), logprobs, reason, stop_reason)
+
+    def note_token_time(self, now: float, observer: EngineObserver) -> None:
+        """Tells how long this token has been waited for."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            observer.on_first_token(self.run.request, now - self.run.submitted_at)
+        else:
+            observer.on_token(now - self.last_token_at)
+        self.last_token_at = now
 
     def delta(
         self,

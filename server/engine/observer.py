@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from scone.server.engine.scheduler import Schedule, SchedulerState
 from scone.server.sequence import FinishReason, GenerationRequest, RequestUsage
 
 
@@ -68,3 +69,19 @@ class SilentObserver:
         self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
     ) -> None:
         pass
+
+
+def step_stats(state: SchedulerState, schedule: Schedule, seconds: float) -> StepStats:
+    """Of a step that took so many seconds, with the scheduler's state after it."""
+    num_decode = sum(c.num_tokens == 1 for c in schedule.chunks)
+    return StepStats(
+        num_prefill_tokens=sum(c.num_tokens for c in schedule.chunks) - num_decode,
+        num_decode_tokens=num_decode,
+        num_running=len(state.running),
+        num_waiting=len(state.waiting),
+        kv_cache_usage=1 - state.pool.num_free / state.pool.num_blocks,
+        seconds=seconds,
+        num_prefix_queries=schedule.num_prefix_queries,
+        num_prefix_hits=schedule.num_prefix_hits,
+        num_preempted=len(schedule.preempted),
+    )

@@ -15,10 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import CpuDevice, Device, Event, Stream
+from scone.cache.device import CpuDevice, Device
 from scone.cache.errors import RowReadError
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import Slot, SlotState, StagingRing
+from tests.conftest import Forgetful
 
 DIM = 4
 NUM_SEEDS = 60
@@ -37,26 +38,6 @@ def fill(ring: StagingRing, row_ids: Sequence[int] | NDArray[np.int64]) -> Slot 
 def fail(out: Tensor) -> None:
     out.fill_(7.0)
     raise RowReadError("the disk reported an I/O error (EIO)")
-
-
-class Forgetful(SimDevice):
-    """A device on which one kind of synchronisation does nothing, as if its line were deleted."""
-
-    def __init__(self, seed: int, forgotten: str) -> None:
-        super().__init__(seed)
-        self.forgotten = forgotten
-
-    def synchronize(self, event: Event) -> None:
-        if self.forgotten != "host waits for copied":
-            super().synchronize(event)
-
-    def wait(self, stream: Stream, event: Event) -> None:
-        if self.forgotten != f"{stream.value} stream waits":
-            super().wait(stream, event)
-
-    def record(self, event: Event, stream: Stream) -> None:
-        if self.forgotten != f"{stream.value} stream is recorded":
-            super().record(event, stream)
 
 
 def look_at(rows: Tensor, places: Tensor, seen: list[Tensor]) -> None:

@@ -16,7 +16,6 @@ from scone.cache.errors import RowReadError
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import SlotState
 from scone.model_store.decoder import CausalAttention, Decoder
-from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
@@ -26,22 +25,6 @@ from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
-
-TINY = ModelConfig(
-    architecture="llama",
-    vocab_size=300,
-    dim=64,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    ffn_dim=96,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position=512,
-    eos_ids=(2,),
-)
-"""As the `tiny_decoder` fixture; tests vary it."""
 
 NUM_SPECIALS = 3
 """Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""

@@ -18,8 +18,9 @@ from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk, Sequence
 from scone.server.errors import SettingError
+from tests.conftest import TINY
 
-from .conftest import TINY, random_prompt
+from .conftest import random_prompt
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
 

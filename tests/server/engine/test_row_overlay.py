@@ -8,30 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from scone.cache.device import Event, Stream
 from scone.cache.sim_device import SimDevice
+from tests.conftest import Forgetful
 
 from .conftest import DictTable, World, random_prompt
 
 MakeWorld = Callable[..., World]
 NUM_SEEDS = 25
 PROMPTS = [random_prompt(seed, length) for seed, length in ((1, 60), (2, 5), (3, 47), (4, 1))]
-
-
-class Forgetful(SimDevice):
-    """A device on which one kind of synchronisation does nothing, as if its line were deleted."""
-
-    def __init__(self, seed: int, forgotten: str) -> None:
-        super().__init__(seed)
-        self.forgotten = forgotten
-
-    def synchronize(self, event: Event) -> None:
-        if self.forgotten != "host waits for copied":
-            super().synchronize(event)
-
-    def wait(self, stream: Stream, event: Event) -> None:
-        if self.forgotten != f"{stream.value} stream waits":
-            super().wait(stream, event)
 
 
 def answers(make_world: MakeWorld, table: DictTable, device: SimDevice | None) -> list[Any]:

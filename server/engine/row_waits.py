@@ -1,0 +1,56 @@
+"""Which sequences wait for their f-gram rows, what the scheduler is told of it, and how long a step waits."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from scone.server.engine.generation import Generation
+
+
+class RowWaits:
+    """The sequences with rows that were not there when last looked."""
+
+    def __init__(self) -> None:
+        self._reading: set[Generation] = set()
+
+    def note(self, generation: Generation) -> None:
+        """Tells the scheduler which inputs of a sequence have their rows; to be called when that changes."""
+        seq, rows = generation.seq, generation.rows
+        if rows is None:
+            seq.ready_from, seq.ready_to = 0, sys.maxsize
+            return
+        seq.ready_from, seq.ready_to = rows.ready_range()
+        if rows.reads and seq.ready_to != sys.maxsize:
+            self._reading.add(generation)
+        else:
+            self.forget(generation)
+            generation.was_awaited = False
+
+    def forget(self, generation: Generation) -> None:
+        """It waits for nothing any more."""
+        self._reading.discard(generation)
+
+    def poll(self) -> None:
+        """Notes what has arrived."""
+        for generation in list(self._reading):
+            self.note(generation)
+
+    def wait(self, num_running: int, step_seconds: float) -> None:
+        """Waits for rows of decoding sequences, no longer than leaving them out of the step would cost.
+
+        Left out, they stand idle for a step: their share of it is lost. Each row is waited for once.
+
+        Args:
+            num_running: sequences that the step is shared by.
+            step_seconds: what a step takes.
+        """
+        awaited = [g for g in self._reading if not g.was_awaited and g.seq.num_uncomputed_tokens == 1]
+        if not awaited:
+            return
+        deadline = time.monotonic() + len(awaited) / max(1, num_running) * step_seconds
+        for generation in awaited:
+            generation.was_awaited = True
+            assert generation.rows is not None
+            generation.rows.wait(deadline - time.monotonic())
+            self.note(generation)
