@@ -14,20 +14,23 @@ PromptIds = Annotated[TokenIds, Field(min_length=1)]
 
 
 def _prompt_form(value: object) -> str:
-    """Which of the four forms a prompt has; looked up at its first element only."""
+    """Which of the four forms a prompt has; looked up at its first element only.
+
+    In angle brackets, so that error messages can leave it out of a field's name.
+    """
     if not isinstance(value, list):
-        return "text"
+        return "<text>"
     first = value[0] if value else None
     if isinstance(first, str):
-        return "texts"
-    return "id_lists" if isinstance(first, list) else "ids"
+        return "<texts>"
+    return "<id_lists>" if isinstance(first, list) else "<ids>"
 
 
 Prompt = Annotated[
-    Annotated[PromptText, Tag("text")]
-    | Annotated[Annotated[list[PromptText], Field(min_length=1)], Tag("texts")]
-    | Annotated[PromptIds, Tag("ids")]
-    | Annotated[Annotated[list[PromptIds], Field(min_length=1)], Tag("id_lists")],
+    Annotated[PromptText, Tag("<text>")]
+    | Annotated[Annotated[list[PromptText], Field(min_length=1)], Tag("<texts>")]
+    | Annotated[PromptIds, Tag("<ids>")]
+    | Annotated[Annotated[list[PromptIds], Field(min_length=1)], Tag("<id_lists>")],
     Discriminator(_prompt_form),
 ]
 

@@ -186,10 +186,11 @@ def _got(error: Mapping[str, Any]) -> str:
 
 
 def _field(location: Sequence[str | int]) -> str | None:
-    """`("body", "stream_options", "include_usage")` as `stream_options.include_usage`."""
+    """`("body", "prompt", "<texts>", 1)` as `prompt.1`: what is in angle brackets is no part of the body."""
     if location and location[0] in {"body", "query", "path", "header"}:
         location = location[1:]
-    return ".".join(str(part) for part in location)[:MAX_ECHO_CHARS] or None
+    names = (str(part) for part in location if not str(part).startswith("<"))
+    return ".".join(names)[:MAX_ECHO_CHARS] or None
 
 
 def _http_error(error: HTTPException) -> ApiError:

@@ -84,6 +84,15 @@ def test_errors_do_not_echo_the_request(server: Any, body: dict[str, Any]) -> No
     assert len(response.content) < 4000
 
 
+@pytest.mark.parametrize(
+    ("prompt", "param"), [("", "prompt"), ([], "prompt"), (["a", ""], "prompt.1"), ([[1], []], "prompt.1")]
+)
+def test_a_wrong_prompt_is_named_as_the_client_sent_it(server: Any, prompt: Any, param: str) -> None:
+    error = server.client.post("/v1/completions", json={"prompt": prompt}).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(param + ": ")
+
+
 def test_unexpected_error_is_500_without_details(scripted_server: Any, scripted: Any) -> None:
     def explode(batch: Any) -> None:
         raise RuntimeError("secret detail in /srv/models/weights at 0x7f00deadbeef")
