@@ -137,7 +137,7 @@ $(DEMO_GGUF): | $(VENV)/.run
 	@echo "==> fetching the demo model (98 MB)"
 	@$(BIN)/python -m scone.model_store.fetch_demo $@
 
-$(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) | $(DEMO_GGUF)
+$(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) model_store/FORMAT.md | $(DEMO_GGUF)
 	@echo "==> building the demo table (a minute or two)"
-	@rm -rf $(DEMO_TABLE) # of an older checkpoint
+	@rm -rf $(DEMO_TABLE) # of an older checkpoint or format
 	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(wildcard $(DEMO_MODEL)/*.fgrams) --backend mmap --codec raw --out $(DEMO_TABLE)
