@@ -35,8 +35,8 @@ def row_errors(codec: RowCodec, computed: Tensor, stored: Tensor) -> NDArray[np.
     norms = np.sqrt((wanted * wanted).sum(axis=1))
     off = codec.decode_reference(stored).double().numpy() - wanted
     distances = np.sqrt((off * off).sum(axis=1))
-    errors = np.divide(distances, norms, out=np.zeros_like(norms), where=norms > 0)
-    return errors.astype(ERROR_DTYPE)
+    errors: NDArray[np.float64] = np.divide(distances, norms, out=np.zeros_like(norms), where=norms > 0)
+    return errors.astype(np.float32)
 
 
 def summarize(path: Path) -> RowError:
