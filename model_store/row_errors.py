@@ -31,9 +31,14 @@ class RowError:
 
 def row_errors(codec: RowCodec, computed: Tensor, stored: Tensor) -> NDArray[np.float32]:
     """(n,) errors of rows computed (n, dim) and stored (n, row_bytes); each depends on its row alone."""
+    return relative_errors(computed, codec.decode_reference(stored))
+
+
+def relative_errors(computed: Tensor, restored: Tensor) -> NDArray[np.float32]:
+    """(n,) errors of rows restored (n, dim), beside the computed ones."""
     wanted = computed.double().numpy()
     norms = np.sqrt((wanted * wanted).sum(axis=1))
-    off = codec.decode_reference(stored).double().numpy() - wanted
+    off = restored.double().numpy() - wanted
     distances = np.sqrt((off * off).sum(axis=1))
     errors: NDArray[np.float64] = np.divide(distances, norms, out=np.zeros_like(norms), where=norms > 0)
     return errors.astype(np.float32)

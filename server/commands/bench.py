@@ -15,9 +15,14 @@ from typing import Any
 
 from scone.cache.lookup_benchmark import LookupBenchmark
 from scone.cache.lookup_workload import hold_out
+from scone.model_store.checkpoint import open_checkpoint
+from scone.model_store.codec_benchmark import benchmark_codecs
+from scone.model_store.corpus import read_documents
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
+from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize
 from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
@@ -25,7 +30,13 @@ from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 
 def run(settings: Resolved) -> int:
-    measure = {"lookup": _lookup, "count": _count, "prefill": _prefill, "decode": _decode}
+    measure = {
+        "lookup": _lookup,
+        "count": _count,
+        "codec": _codec,
+        "prefill": _prefill,
+        "decode": _decode,
+    }
     print(json.dumps(measure[settings.what](settings)))
     return 0
 
@@ -33,6 +44,16 @@ def run(settings: Resolved) -> int:
 def _count(settings: Resolved) -> dict[str, Any]:
     corpus = made_up_corpus(settings.corpus_tokens)
     return benchmark_count(corpus, max_n=4, top=settings.rows, memory_bytes=None)
+
+
+def _codec(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text):
+        raise SettingError("model, table or text is missing: codecs are measured on a real table's rows")
+    checkpoint = open_checkpoint(settings.model)
+    tokenizer = checkpoint.tokenizer()
+    corpus = tokenize(read_documents([str(settings.text)]), tokenizer)
+    stream = TokenStream.from_corpus(corpus, tokenizer)
+    return benchmark_codecs(Path(settings.table), checkpoint, stream, settings.max_tokens)
 
 
 def _lookup(settings: Resolved) -> dict[str, Any]:
@@ -113,13 +134,13 @@ def _work_folder(settings: Resolved) -> Iterator[Path]:
 
 COMMAND = Command(
     name="bench",
-    help="measure look-up, counting, prefill or decode; the last line is JSON",
+    help="measure look-up, counting, codecs, prefill or decode; the last line is JSON",
     settings=(
         Setting(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "count", "prefill", "decode"),
+            choices=("lookup", "count", "codec", "prefill", "decode"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -134,9 +155,15 @@ COMMAND = Command(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
         ),
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
-        Setting(name="model", help="prefill, decode: a model to measure too, with its table and without"),
-        Setting(name="table", help="the table of that model"),
-        Setting(name="text", kind=Path, help="a text file to prompt that model with"),
+        Setting(
+            name="model",
+            help="prefill, decode: a model to measure too, with its table and without; codec: the table's",
+        ),
+        Setting(name="table", help="the table of that model; codec: a raw one"),
+        Setting(name="text", kind=Path, help="a text file to prompt that model with; codec: a corpus file"),
+        Setting(
+            name="max_tokens", kind=int, default=6144, help="codec: tokens of it to compare predictions on"
+        ),
         Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(
             name="work",
