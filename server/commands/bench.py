@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scone.cache.lookup_benchmark import LookupBenchmark
 from scone.cache.lookup_workload import hold_out
 from scone.model_store.checkpoint import open_checkpoint
@@ -23,10 +25,12 @@ from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
+from scone.server.commands.plan import cut_prompts
 from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
-from scone.server.settings import Command, Resolved, Setting, parse_bool
+from scone.server.plan_benchmark import benchmark_plan
+from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
 
 def run(settings: Resolved) -> int:
@@ -34,6 +38,7 @@ def run(settings: Resolved) -> int:
         "lookup": _lookup,
         "count": _count,
         "codec": _codec,
+        "plan": _plan,
         "prefill": _prefill,
         "decode": _decode,
     }
@@ -54,6 +59,22 @@ def _codec(settings: Resolved) -> dict[str, Any]:
     corpus = tokenize(read_documents([str(settings.text)]), tokenizer)
     stream = TokenStream.from_corpus(corpus, tokenizer)
     return benchmark_codecs(Path(settings.table), checkpoint, stream, settings.max_tokens)
+
+
+def _plan(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text, settings.ram):
+        raise SettingError("model, table, text or ram is missing: a plan is held against a real table")
+    checkpoint = open_checkpoint(settings.model)
+    text = settings.text.read_text(encoding="utf-8", errors="replace")
+    prompts = cut_prompts(np.asarray(checkpoint.tokenizer().encode(text)), settings.tokens)
+    return _machine("plan") | benchmark_plan(
+        checkpoint,
+        Path(settings.table),
+        prompts,
+        ram_bytes=settings.ram,
+        batch=settings.batch,
+        repeats=settings.repeats,
+    )
 
 
 def _lookup(settings: Resolved) -> dict[str, Any]:
@@ -113,13 +134,15 @@ def _workload(settings: Resolved) -> Iterator[Workload]:
 def _described(name: str, settings: Resolved) -> dict[str, Any]:
     if settings.model is not None and (settings.table is None or settings.text is None):
         raise SettingError("model is given without table or text: wanted all three, or none of them")
+    return _machine(name) | {"rows": settings.rows, "dim": settings.dim, "repeats": settings.repeats}
+
+
+def _machine(benchmark: str) -> dict[str, Any]:
     return {
-        "benchmark": name,
+        "benchmark": benchmark,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(UTC).date().isoformat(),
-        "rows": settings.rows,
-        "dim": settings.dim,
-        "repeats": settings.repeats,
+        "command": " ".join(("scone", *sys.argv[1:])),
     }
 
 
@@ -134,13 +157,13 @@ def _work_folder(settings: Resolved) -> Iterator[Path]:
 
 COMMAND = Command(
     name="bench",
-    help="measure look-up, counting, codecs, prefill or decode; the last line is JSON",
+    help="measure look-up, counting, codecs, predictions, prefill or decode; the last line is JSON",
     settings=(
         Setting(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "count", "codec", "prefill", "decode"),
+            choices=("lookup", "count", "codec", "plan", "prefill", "decode"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -153,6 +176,11 @@ COMMAND = Command(
         Setting(name="batch", kind=int, default=16, help="sequences of a decode step"),
         Setting(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
+        ),
+        Setting(
+            name="ram",
+            kind=parse_bytes,
+            help="plan: bytes of rows in memory; the others are read from the disk",
         ),
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
         Setting(
