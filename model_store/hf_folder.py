@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from scone.model_store.decoder import Decoder
 from scone.model_store.errors import CheckpointError
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
@@ -21,6 +23,11 @@ RENAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_HF_PARTS = (
+    {ours: theirs for theirs, ours in RENAMES.items()}
+    | {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+    | {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+)
 
 
 class HFFolder:
@@ -95,6 +102,7 @@ class HFFolder:
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
             rope_scaling=scaling,
             max_position=max_position,
+            byte_positions=self._byte_positions(),
             tied_head="lm_head.weight" not in self._names or bool(raw.get("tie_word_embeddings", False)),
             attention_bias="model.layers.0.self_attn.q_proj.bias" in self._names,
             output_bias="model.layers.0.self_attn.o_proj.bias" in self._names,
@@ -102,6 +110,21 @@ class HFFolder:
             qk_norm="model.layers.0.self_attn.q_norm.weight" in self._names,
             eos_ids=self._eos_ids(),
         )
+
+    def _byte_positions(self) -> int | None:
+        """Of `"token_embedding": {"kind": "kronecker", "num_positions": 32}`; None for an ordinary table."""
+        declared = self._raw.get("token_embedding")
+        if declared is None:
+            return None
+        if not isinstance(declared, dict) or declared.get("kind") != "kronecker":
+            raise CheckpointError(
+                f"{self.path}/config.json: token_embedding is {declared!r}, wanted one of kind kronecker"
+            )
+        if "lm_head.weight" not in self._names:
+            raise CheckpointError(
+                f"{self.path} has Kronecker embeddings and no lm_head.weight: they cannot be the output head"
+            )
+        return int(declared["num_positions"])
 
     def _require(self, key: str) -> Any:
         if key not in self._raw:
@@ -146,6 +169,56 @@ class HFFolder:
             eos_ids=self._eos_ids(),
             chat_template=template if isinstance(template, str) else None,
         )
+
+
+def save_hf_folder(path: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Writes a model that `HFFolder` reads, its weights as they are. config.json comes last."""
+    path.mkdir(parents=True, exist_ok=True)
+    tied = decoder.config.tied_head
+    weights = {
+        hf_name(name): tensor.detach().contiguous()
+        for name, tensor in decoder.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    partial = path / "model.safetensors.partial"
+    save_file(weights, partial)
+    partial.replace(path / "model.safetensors")
+    tokenizer.backend.save(str(path / "tokenizer.json"))
+    bos = None if tokenizer.bos_id is None else tokenizer.backend.id_to_token(tokenizer.bos_id)
+    settings = {"bos_token": bos, "chat_template": tokenizer.chat_template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(_description(decoder.config), indent=2) + "\n")
+
+
+def _description(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a decoder."""
+    description: dict[str, Any] = {
+        "model_type": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": config.tied_head,
+        "eos_token_id": list(config.eos_ids),
+    }
+    if config.byte_positions is not None:
+        description["token_embedding"] = {"kind": "kronecker", "num_positions": config.byte_positions}
+    return description
+
+
+def hf_name(name: str) -> str:
+    """`layers.3.q_proj.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    if name.startswith("lm_head."):
+        return name
+    parts = [_HF_PARTS.get(part, part) for part in name.split(".")]
+    return ".".join(["model", *parts])
 
 
 def _token_text(declared: Any) -> str | None:

@@ -58,6 +58,8 @@ class ModelLoader:
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):
             decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+            if settings.kronecker == "table":
+                decoder.precompute_embeddings()
         with self._phase("engine", "starting the engine"):
             engine = Engine(
                 config,

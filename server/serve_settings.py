@@ -27,6 +27,12 @@ MODEL_SETTINGS = (
         choices=("float32", "bfloat16", "float16"),
         help="type of weights and activations",
     ),
+    Setting(
+        name="kronecker",
+        default="table",
+        choices=("table", "bytes"),
+        help="Kronecker token embeddings: made into a table at start, or of their bytes each time",
+    ),
     Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
 )
 
