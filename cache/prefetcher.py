@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable, Ids
+from scone.cache.queued_rows import QueuedRows
 from scone.kernels.gather import decode_rows
 from scone.kernels.row_codec import RowCodec
 
@@ -51,11 +52,11 @@ class PendingRows:
         """What the rows take in memory, at most."""
         return int(np.count_nonzero(self.row_ids >= 0)) * self._table.dim * self._table.dtype.itemsize
 
-    def ready(self) -> bool:
-        """Whether the rows have been read, or failed. Never blocks."""
+    def ready(self, begin: int, end: int) -> bool:
+        """Whether rows [begin, end), which come together with all others, have been read, or failed."""
         return self._done.is_set()
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, begin: int, end: int, timeout: float | None = None) -> bool:
         """Blocks until `ready`, or for `timeout` seconds; returns `ready`."""
         return self._done.wait(timeout)
 
@@ -139,8 +140,9 @@ class Prefetcher:
         self._speculating_bytes = 0
         self._lock = threading.Lock()
         self._order = itertools.count()
+        self._queue = table.open_queue()
         # (0 demand, 1 speculation, 2 stop; order of arrival; rows)
-        self._queue: queue.PriorityQueue[tuple[int, int, PendingRows | None]] = queue.PriorityQueue()
+        self._jobs: queue.PriorityQueue[tuple[int, int, PendingRows | None]] = queue.PriorityQueue()
         self._workers = [
             threading.Thread(target=self._work, name=f"scone-rows-{i}", daemon=True)
             for i in range(num_workers)
@@ -148,13 +150,16 @@ class Prefetcher:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, row_ids: Ids, reason: str = DEMAND, *, apart: bool = False) -> PendingRows | None:
+    def submit(
+        self, row_ids: Ids, reason: str = DEMAND, *, apart: bool = False
+    ) -> PendingRows | QueuedRows | None:
         """Begins to read those rows that may have to be waited for; None if there are none. Never waits.
 
         Args:
             row_ids: (n,) int64, -1 where no row is wanted.
             reason: `demand`, or the name of a speculation, which only warms what a later demand will read.
-            apart: the rows are wanted by different parties: one that cannot be read fails by itself.
+            apart: the rows are wanted by different parties, at once: one that cannot be read fails by itself,
+                and where the disk has a queue, no worker stands between. From one thread only.
         """
         if self._table.never_waits:
             self._table.stats.add_prefetch("inline")
@@ -164,11 +169,14 @@ class Prefetcher:
         if not awaited.any():
             self._table.stats.add_prefetch("inline")
             return None
-        pending = PendingRows(self._table, np.where(awaited, ids, -1), apart=apart)
+        ids[~awaited] = -1
+        if apart and self._queue is not None and (queued := self._queue.submit(ids)) is not None:
+            return queued
+        pending = PendingRows(self._table, ids, apart=apart)
         if reason == DEMAND:
-            self._queue.put((0, next(self._order), pending))
+            self._jobs.put((0, next(self._order), pending))
         elif self._reserve(pending.num_bytes):
-            self._queue.put((1, next(self._order), pending))
+            self._jobs.put((1, next(self._order), pending))
         else:
             self._table.stats.add_prefetch("dropped")
             return None
@@ -176,8 +184,10 @@ class Prefetcher:
 
     def close(self) -> None:
         """Finishes what was submitted and ends the workers."""
+        if self._queue is not None:
+            self._queue.close()
         for _ in self._workers:
-            self._queue.put((2, next(self._order), None))
+            self._jobs.put((2, next(self._order), None))
         for worker in self._workers:
             worker.join()
 
@@ -189,7 +199,7 @@ class Prefetcher:
 
     def _work(self) -> None:
         while True:
-            priority, _, pending = self._queue.get()
+            priority, _, pending = self._jobs.get()
             if pending is None:
                 return
             self._table.stats.add_prefetch(pending._read())
