@@ -47,7 +47,7 @@ class RowSource(Protocol):
     """Reads rows in the background."""
 
     def submit(
-        self, row_ids: NDArray[np.int64] | Sequence[int], reason: str = "demand", *, apart: bool = False
+        self, row_ids: NDArray[np.int64] | Sequence[int], *, apart: bool = False
     ) -> PendingRows | None: ...
 
 

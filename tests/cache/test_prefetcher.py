@@ -172,43 +172,23 @@ def test_an_unexpected_failure_of_a_worker_does_not_leave_anyone_waiting(
         read(prefetcher.submit([1]), 1)
 
 
-def test_demand_overtakes_speculation_and_cancelled_reads_do_not_happen(
-    slow: tuple[FGramTable, GatedReader],
-) -> None:
+def test_reads_happen_in_order_and_cancelled_ones_do_not(slow: tuple[FGramTable, GatedReader]) -> None:
     table, reader = slow
     with Prefetcher(table, num_workers=1) as prefetcher:
         prefetcher.submit(np.arange(1))  # holds the only worker at the gate
         while prefetcher._jobs.qsize():
             time.sleep(0.001)
-        speculative = prefetcher.submit(np.arange(20), reason="continuation")
         cancelled = prefetcher.submit(np.arange(30))
         partly = prefetcher.submit(np.arange(40))
-        demand = prefetcher.submit(np.arange(10))
+        last = prefetcher.submit(np.arange(10))
         assert cancelled is not None
         assert partly is not None
         cancelled.cancel(0, 30)
         partly.cancel(5, 40)
         reader.gate.set()
-        for pending in (cancelled, demand, speculative):
+        for pending in (cancelled, last):
             assert pending is not None
             assert pending.wait(0, len(pending.row_ids), 30)
         assert torch.equal(read(partly, 40)[:5], table.rows(np.arange(5)).float())
-    assert reader.reads == [1, 5, 10, 20, 5]
-    assert table.stats.prefetches == {"read": 4, "cancelled": 1}
-
-
-def test_speculation_beyond_its_budget_is_dropped_and_the_budget_returns(
-    slow: tuple[FGramTable, GatedReader],
-) -> None:
-    table, reader = slow
-    with Prefetcher(table, num_workers=1, speculation_bytes=10 * 64 * 2) as prefetcher:
-        first = prefetcher.submit(np.arange(8), reason="draft")
-        assert prefetcher.submit(np.arange(3), reason="draft") is None
-        assert table.stats.prefetches["dropped"] == 1
-        reader.gate.set()
-        read(first, 8)
-        deadline = time.monotonic() + 10
-        while prefetcher._speculating_bytes and time.monotonic() < deadline:
-            time.sleep(0.001)
-        read(prefetcher.submit(np.arange(10), reason="draft"), 10)
-    assert table.stats.prefetches == {"dropped": 1, "read": 2}
+    assert reader.reads == [1, 5, 10, 5]
+    assert table.stats.prefetches == {"read": 3, "cancelled": 1}

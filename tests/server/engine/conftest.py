@@ -127,7 +127,7 @@ class DictTable:
                 self.num_read += 1
 
     def submit(
-        self, row_ids: np.ndarray[Any, Any] | Sequence[int], reason: str = "demand", *, apart: bool = False
+        self, row_ids: np.ndarray[Any, Any] | Sequence[int], *, apart: bool = False
     ) -> DictRead | None:
         ids = np.asarray(row_ids).tolist()
         awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
