@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from scone.cache.fgram_table import FGramTable
@@ -35,7 +36,7 @@ NUM_STEPS = 100
 _ROWS_PER_APPEND = 4096
 _MANY_ROWS = 256
 _DISK_REPEATS = 30
-_HISTORY_TOKENS = 32
+_HISTORY_TOKENS = 5  # as many as the longest f-gram has
 _CORPUS_TOKENS = 4_000_000
 _CACHE_BYTES = 96 << 20
 
@@ -143,7 +144,7 @@ def _memory_costs(
     picked = rng.choice(np.concatenate(ids), (NUM_STEPS, batch))
 
     def step(i: int) -> None:
-        table.match_ends(steps[i])
+        table.match_last(steps[i])
         table.read_into(picked[i], out[:batch])
 
     prompts = cold_microseconds(prompt, len(ids))
@@ -154,17 +155,12 @@ def _num_disk_rows(pattern: RowPattern) -> int:
     return round(pattern.num_disk_rows(pattern.num_tokens)) or _MANY_ROWS
 
 
-def step_histories(texts: Sequence[I64], batch: int) -> list[list[list[int]]]:
-    """NUM_STEPS times: the last tokens of `batch` sequences that decode somewhere in the texts."""
+def step_histories(texts: Sequence[I64], batch: int) -> I64:
+    """(NUM_STEPS, batch, _HISTORY_TOKENS): the last tokens of sequences that decode anywhere in the texts."""
     rng = np.random.default_rng(0)
-
-    def history() -> list[int]:
-        text = texts[int(rng.integers(len(texts)))]
-        end = int(rng.integers(_HISTORY_TOKENS, len(text)))
-        tokens: list[int] = text[end - _HISTORY_TOKENS : end].tolist()
-        return tokens
-
-    return [[history() for _ in range(batch)] for _ in range(NUM_STEPS)]
+    windows = np.concatenate([sliding_window_view(text, _HISTORY_TOKENS) for text in texts])
+    chosen: I64 = windows[rng.integers(0, len(windows), (NUM_STEPS, batch))]
+    return np.ascontiguousarray(chosen)
 
 
 def _disk_us(table: FGramTable, num_rows: int) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +98,10 @@ class KroneckerEmbedding(nn.Module):
     def train(self, mode: bool = True) -> KroneckerEmbedding:
         self._rows = None
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KroneckerEmbedding:
+        self._rows = None  # they follow to another device when they are made again
+        return super()._apply(fn, recurse)
 
     def _projection_rows(self) -> tuple[Tensor, Tensor]:
         """W^T in float32 with a row of zeros at its end (D + 1, dim), and the sum of its rows (dim,)."""

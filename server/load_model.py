@@ -15,6 +15,7 @@ from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
+from scone.server.model_device import model_device, model_dtype, placed
 from scone.server.serve_settings import engine_config, model_name, table_config
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
@@ -45,6 +46,8 @@ class ModelLoader:
         settings = self._settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        device = model_device(settings.device)
+        dtype = model_dtype(settings.dtype, device)
         with self._phase("checkpoint", f"opening {settings.model}"):
             checkpoint = open_checkpoint(settings.model)
             config = engine_config(settings, checkpoint.config.max_position)
@@ -56,10 +59,11 @@ class ModelLoader:
                 table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
-        with self._phase("weights", f"reading the weights as {settings.dtype}"):
-            decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+        with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
+            decoder = checkpoint.decoder(dtype)
             if settings.kronecker == "table":
                 decoder.precompute_embeddings()
+            decoder = placed(decoder, device)
         with self._phase("engine", "starting the engine"):
             engine = Engine(
                 config,

@@ -112,7 +112,7 @@ def _measure(table: FGramTable, pattern: RowPattern, texts: Sequence[I64], batch
     steps = step_histories(texts, batch)
 
     def step(i: int) -> None:
-        row_ids, _ = table.match_ends(steps[i])
+        row_ids, _ = table.match_last(steps[i])
         table.read_into(row_ids, out[:batch])
 
     prompt_us = statistics.median(cold_microseconds(prompt, len(texts)))

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from scone.cache.continuation_benchmark import benchmark_continuations
 from scone.cache.lookup_benchmark import LookupBenchmark
-from scone.cache.lookup_workload import hold_out
+from scone.cache.lookup_workload import hold_out, write_table
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.codec_benchmark import benchmark_codecs
 from scone.model_store.corpus import read_documents
@@ -36,6 +37,7 @@ from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_
 def run(settings: Resolved) -> int:
     measure = {
         "lookup": _lookup,
+        "continuations": _continuations,
         "count": _count,
         "codec": _codec,
         "plan": _plan,
@@ -77,14 +79,27 @@ def _plan(settings: Resolved) -> dict[str, Any]:
     )
 
 
-def _lookup(settings: Resolved) -> dict[str, Any]:
+def _texts(settings: Resolved) -> tuple[TokenCorpus, TokenCorpus]:
+    """The corpus, and text that was held out of it."""
     if settings.corpus is None:
-        made_up = made_up_corpus(settings.corpus_tokens)
-        corpus, heldout = hold_out(made_up, settings.tokens * settings.repeats)
-    elif settings.heldout is None:
-        corpus, heldout = hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
-    else:
-        corpus, heldout = TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+        return hold_out(made_up_corpus(settings.corpus_tokens), settings.tokens * settings.repeats)
+    if settings.heldout is None:
+        return hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
+    return TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+
+
+def _continuations(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
+    with _work_folder(settings) as work:
+        table, _ = write_table(
+            work, corpus, num_rows=settings.rows, min_count=settings.min_count, dim=settings.dim
+        )
+        found = benchmark_continuations(table, heldout, num_tokens=settings.tokens * settings.repeats)
+    return _described("continuations", settings) | found
+
+
+def _lookup(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
     with _work_folder(settings) as work:
         return LookupBenchmark(
             work=work,
@@ -163,7 +178,7 @@ COMMAND = Command(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "count", "codec", "plan", "prefill", "decode"),
+            choices=("lookup", "continuations", "count", "codec", "plan", "prefill", "decode"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
