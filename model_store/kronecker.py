@@ -101,7 +101,8 @@ class KroneckerEmbedding(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> KroneckerEmbedding:
         self._rows = None  # they follow to another device when they are made again
-        return super()._apply(fn, recurse)
+        moved: KroneckerEmbedding = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def _projection_rows(self) -> tuple[Tensor, Tensor]:
         """W^T in float32 with a row of zeros at its end (D + 1, dim), and the sum of its rows (dim,)."""
