@@ -30,6 +30,7 @@ def run(settings: Resolved) -> int:
         backend=settings.backend,
         codec=settings.codec,
         dtype=settings.dtype,
+        engine=settings.engine,
     )
     resumed = report.num_fgrams - report.num_embedded
     print(
@@ -81,6 +82,12 @@ COMMAND = Command(
             default="bfloat16",
             choices=("float32", "bfloat16", "float16"),
             help="number format of row values",
+        ),
+        Setting(
+            name="engine",
+            default="local",
+            choices=("local", "ray"),
+            help="where rows are computed: here, or on Ray",
         ),
         Setting(
             name="heldout", many=True, help="text to measure first what the codec costs against raw rows"
