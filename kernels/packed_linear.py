@@ -22,19 +22,21 @@ from scone.kernels.extension import native
 WeightKind = Literal["f32", "int8", "int4"]
 
 GROUP = 32
+INSTRUCTION_SETS: tuple[str, ...] = () if native is None else tuple(native.instruction_sets())
+"""What the native maps can run on here, best first; the last one, `portable`, runs anywhere."""
 
 
 class Workspace:
     """The threads and scratch memory that the native maps of one model share; one caller at a time."""
 
-    def __init__(self, num_threads: int, *, portable: bool = False) -> None:
-        """`portable` runs the kernels that need no particular instruction set."""
+    def __init__(self, num_threads: int, *, instruction_set: str | None = None) -> None:
+        """`instruction_set`: one of INSTRUCTION_SETS, the best if None; ValueError if it is another."""
         assert native is not None, "needs the native extension"
-        self.native: Any = native.Workspace(num_threads, portable)
+        self.native: Any = native.Workspace(num_threads, instruction_set or "")
 
     @property
     def instruction_set(self) -> str:
-        """`avx2` or `portable`."""
+        """Which one runs."""
         return str(self.native.instruction_set)
 
 

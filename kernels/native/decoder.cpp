@@ -304,8 +304,13 @@ void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix ou
 }  // namespace
 
 void register_decoder(nb::module_& m) {
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const DecoderKernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+        return names;
+    });
     nb::class_<Workspace>(m, "Workspace")
-        .def(nb::init<int, bool>(), nb::arg("num_threads"), nb::arg("portable") = false)
+        .def(nb::init<int, std::string>(), nb::arg("num_threads"), nb::arg("instruction_set"))
         .def_prop_ro("num_threads", [](const Workspace& w) { return w.team.size(); })
         .def_prop_ro("instruction_set", [](const Workspace& w) { return std::string(w.kernels->name); });
     nb::class_<PackedLinear>(m, "PackedLinear")

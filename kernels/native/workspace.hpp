@@ -4,19 +4,29 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "packed_linear.hpp"
 #include "thread_team.hpp"
 
 namespace scone {
 
+// What the compiler and the processor have, best first.
+inline std::vector<const DecoderKernels*> available_kernels() {
+    std::vector<const DecoderKernels*> found;
+    for (const DecoderKernels* kernels : {decoder_kernels_avx2(), decoder_kernels_portable()})
+        if (kernels != nullptr) found.push_back(kernels);
+    return found;
+}
+
 // Threads, kernels and scratch; one caller at a time.
 class Workspace {
 public:
-    Workspace(int num_threads, bool portable)
-        : team(num_threads),
-          kernels(portable || decoder_kernels_avx2() == nullptr ? decoder_kernels_portable()
-                                                                : decoder_kernels_avx2()) {}
+    // `instruction_set` empty: the best.
+    Workspace(int num_threads, const std::string& instruction_set)
+        : team(num_threads), kernels(find_kernels(instruction_set)) {}
 
     // Room for `rows` rows of `width` inputs prepared for weights of any kind.
     Activations prepared(int rows, int width) {
@@ -51,6 +61,12 @@ public:
     const DecoderKernels* kernels;
 
 private:
+    static const DecoderKernels* find_kernels(const std::string& name) {
+        for (const DecoderKernels* kernels : available_kernels())
+            if (name.empty() || name == kernels->name) return kernels;
+        throw std::invalid_argument("this processor has no instruction set '" + name + "'");
+    }
+
     std::unique_ptr<char[], AlignedFree> values_;
     std::unique_ptr<float[], AlignedFree> scales_, sums_;
     size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;

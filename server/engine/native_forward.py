@@ -28,17 +28,24 @@ class NativeForward:
 
     Attributes:
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
+        layer_bytes, head_bytes: size of the packed weights of all layers, and of the head.
     """
 
     def __init__(
-        self, decoder: Decoder, quantization: Quantization, num_threads: int, max_model_len: int
+        self,
+        decoder: Decoder,
+        quantization: Quantization,
+        num_threads: int,
+        max_model_len: int,
+        *,
+        instruction_set: str | None = None,
     ) -> None:
         config = decoder.config
         with ThreadPoolExecutor(num_threads) as pool:
             layers = list(pool.map(partial(_pack, quantization=quantization), decoder.layers))
         # The head decides among all tokens at once: 4 bits would cost more quality than they save time.
         head_kind = _kind_of([decoder.lm_head], "int8" if quantization == "int4" else quantization)
-        self._workspace = Workspace(num_threads)
+        self._workspace = Workspace(num_threads, instruction_set=instruction_set)
         self._embed_tokens = decoder.embed_tokens
         self._head_weight = decoder.lm_head.weight
         self._head = PackedLinear(decoder.lm_head.weight, head_kind)
@@ -55,10 +62,13 @@ class NativeForward:
             sin=sin,
         )
         self.kinds = [linear.kind for layer in layers for linear in layer.maps]
+        self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
+        self.head_bytes = self._head.num_bytes
         logger.info(
-            "native %s kernels, %d thread(s); maps of the layers: %s; head: %s",
+            "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",
             self._workspace.instruction_set,
             num_threads,
+            (self.layer_bytes + self.head_bytes) >> 20,
             ", ".join(f"{number} {kind}" for kind, number in Counter(self.kinds).most_common()),
             head_kind,
         )

@@ -1,4 +1,4 @@
-"""Packed linear maps against plain torch on the rounded weights, for both instruction sets."""
+"""Packed linear maps against plain torch on the rounded weights, for each instruction set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from scone.kernels.extension import native
 from scone.kernels.packed_linear import (
+    INSTRUCTION_SETS,
     PackedLinear,
     WeightKind,
     Workspace,
@@ -19,9 +20,18 @@ pytestmark = pytest.mark.skipif(native is None, reason="the native extension was
 KINDS: list[WeightKind] = ["f32", "int8", "int4"]
 
 
-@pytest.fixture(params=[False, True], ids=["best", "portable"])
+@pytest.fixture(params=["avx2", "portable"])
 def workspace(request: pytest.FixtureRequest) -> Workspace:
-    return Workspace(2, portable=request.param)
+    if request.param not in INSTRUCTION_SETS:
+        pytest.skip(f"this processor has no {request.param}")
+    return Workspace(2, instruction_set=request.param)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        Workspace(1, instruction_set="mmx")
+    assert Workspace(1).instruction_set == INSTRUCTION_SETS[0]
+    assert INSTRUCTION_SETS[-1] == "portable"
 
 
 @pytest.mark.parametrize("kind", KINDS)
