@@ -18,8 +18,8 @@ enum class WeightKind { f32, int8, int4 };
 
 // Weights (num_outputs, num_inputs), rearranged so that a panel is read front to back.
 //   f32:  [panel][input][16] float
-//   int8: [panel][group]{ scale f16[16]; [half][16 pairs]{ 8 columns x 2 inputs int8 } }
-//   int4: [panel][group]{ scale f16[16]; minimum f16[16]; [half][4]{ 8 columns x 4 inputs, two nibbles } }
+//   int8: [panel][group]{ scale f16[16]; [16 pairs]{ 16 columns x 2 inputs int8 } }
+//   int4: [panel][group]{ scale f16[16]; minimum f16[16]; [4]{ 16 columns x 4 inputs, two nibbles } }
 //         the low nibble is for input 4j + i of the group, the high one for 16 + 4j + i
 struct PackedWeights {
     WeightKind kind;
@@ -77,6 +77,7 @@ struct DecoderKernels {
 };
 
 // nullptr where the compiler or the processor has none.
+const DecoderKernels* decoder_kernels_avx512();
 const DecoderKernels* decoder_kernels_avx2();
 const DecoderKernels* decoder_kernels_portable();
 

@@ -110,27 +110,26 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
             float x[kGroup] = {};
             const int count = std::min(kGroup, w.num_inputs - g * kGroup);
             std::copy_n(first + size_t(c) * w.num_inputs + g * kGroup, count, x);
-            const int half = c / 8, lane = c % 8;
             if (w.kind == WeightKind::int8) {
                 unsigned char* group = target + size_t(g) * kInt8Bytes;
                 const Group rounded = round_int8(x);
                 const uint16_t scale = to_half(rounded.scale);
                 std::memcpy(group + 2 * c, &scale, 2);
-                unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
+                unsigned char* values = group + 2 * kPanel;
                 unsigned char bytes[kGroup];
                 for (int i = 0; i < kGroup; ++i) bytes[i] = static_cast<unsigned char>(rounded.values[i]);
-                for (int i = 0; i < kGroup; i += 2) std::memcpy(values + i * 8 + lane * 2, bytes + i, 2);
+                for (int i = 0; i < kGroup; i += 2) std::memcpy(values + i * kPanel + c * 2, bytes + i, 2);
             } else {
                 unsigned char* group = target + size_t(g) * kInt4Bytes;
                 const Group rounded = round_int4(x);
                 const uint16_t scale = to_half(rounded.scale), minimum = to_half(rounded.minimum);
                 std::memcpy(group + 2 * c, &scale, 2);
                 std::memcpy(group + 2 * kPanel + 2 * c, &minimum, 2);
-                unsigned char* values = group + 4 * kPanel + half * kGroup * 4;
+                unsigned char* values = group + 4 * kPanel;
                 unsigned char bytes[kGroup / 2];
                 for (int i = 0; i < kGroup / 2; ++i)
                     bytes[i] = static_cast<unsigned char>(rounded.values[i] | rounded.values[i + 16] << 4);
-                for (int i = 0; i < kGroup / 2; i += 4) std::memcpy(values + i * 8 + lane * 4, bytes + i, 4);
+                for (int i = 0; i < kGroup / 2; i += 4) std::memcpy(values + i * kPanel + c * 4, bytes + i, 4);
             }
         }
     }
@@ -140,7 +139,7 @@ void PackedLinear::unpack(float* out) const {
     const PackedWeights& w = weights_;
     for (int n = 0; n < w.num_outputs; ++n) {
         const unsigned char* panel = w.data + size_t(n / kPanel) * w.panel_bytes;
-        const int c = n % kPanel, half = c / 8, lane = c % 8;
+        const int c = n % kPanel;
         for (int k = 0; k < w.num_inputs; ++k) {
             const int g = k / kGroup, i = k % kGroup;
             float& value = out[size_t(n) * w.num_inputs + k];
@@ -150,14 +149,14 @@ void PackedLinear::unpack(float* out) const {
                 const unsigned char* group = panel + size_t(g) * kInt8Bytes;
                 uint16_t scale;
                 std::memcpy(&scale, group + 2 * c, 2);
-                const unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
-                value = from_half(scale) * static_cast<int8_t>(values[i / 2 * 16 + lane * 2 + i % 2]);
+                const unsigned char* values = group + 2 * kPanel;
+                value = from_half(scale) * static_cast<int8_t>(values[i / 2 * 32 + c * 2 + i % 2]);
             } else {
                 const unsigned char* group = panel + size_t(g) * kInt4Bytes;
                 uint16_t scale, minimum;
                 std::memcpy(&scale, group + 2 * c, 2);
                 std::memcpy(&minimum, group + 2 * kPanel + 2 * c, 2);
-                const int both = group[4 * kPanel + half * kGroup * 4 + i % 16 / 4 * 32 + lane * 4 + i % 4];
+                const int both = group[4 * kPanel + i % 16 / 4 * 64 + c * 4 + i % 4];
                 value = from_half(scale) * float(i < 16 ? both & 15 : both >> 4) + from_half(minimum);
             }
         }

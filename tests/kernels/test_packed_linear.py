@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the native extension was
 KINDS: list[WeightKind] = ["f32", "int8", "int4"]
 
 
-@pytest.fixture(params=["avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable"])
 def workspace(request: pytest.FixtureRequest) -> Workspace:
     if request.param not in INSTRUCTION_SETS:
         pytest.skip(f"this processor has no {request.param}")
@@ -57,6 +57,17 @@ def test_a_row_is_the_same_bits_in_any_batch(workspace: Workspace, kind: WeightK
     for begin, end in ((0, 1), (3, 5), (60, 70), (128, 131)):
         assert torch.equal(linear(workspace, x[begin:end]), together[begin:end])
     assert torch.equal(linear(Workspace(1), x), linear(Workspace(3), x))
+
+
+@pytest.mark.skipif("avx512" not in INSTRUCTION_SETS, reason="this processor has no avx512")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_inputs", [300, 576])
+def test_avx512_gives_the_bits_of_avx2(kind: WeightKind, num_inputs: int) -> None:
+    torch.manual_seed(6)
+    linear = PackedLinear(torch.randn(70, num_inputs), kind)
+    x = torch.randn(77, num_inputs)
+    ours, theirs = (linear(Workspace(1, instruction_set=name), x) for name in ("avx512", "avx2"))
+    assert torch.equal(ours, theirs)
 
 
 def test_rounding_errors_are_as_small_as_the_formats_allow() -> None:
