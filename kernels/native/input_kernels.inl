@@ -55,11 +55,11 @@ static inline void interleave(const float* x, int num_inputs, int count, float* 
         for (int r = 0; r < count; ++r) *out++ = x[(size_t)r * num_inputs + k];
 }
 
-static void prepare(WeightKind kind, const float* x, int num_inputs, int num_rows, int first_row,
+static void prepare(InputKind kind, const float* x, int num_inputs, int num_rows, int first_row,
                     const Activations& out) {
     const int count = num_rows - first_row < kStrip ? num_rows - first_row : kStrip;
     x += (size_t)first_row * num_inputs;
-    if (kind == WeightKind::f32) {
+    if (kind == InputKind::f32) {
         float* strip = (float*)out.values + (size_t)first_row * num_inputs;
         if (count == kStrip) {
             interleave(x, num_inputs, kStrip, strip);  // a constant, so that the inner loop is unrolled
@@ -80,7 +80,7 @@ static void prepare(WeightKind kind, const float* x, int num_inputs, int num_row
                 group = padded;
             }
             const size_t at = (size_t)block * num_groups + (size_t)g * block_rows + (first_row - block + r);
-            if (kind == WeightKind::int8) {
+            if (kind == InputKind::int16) {
                 round_group(group, 32767.0f, (int16_t*)out.values + at * kGroup, out.scales + at);
             } else {
                 const int sum = round_group(group, 127.0f, (int8_t*)out.values + at * kGroup, out.scales + at);

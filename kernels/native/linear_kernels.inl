@@ -29,24 +29,51 @@ static void multiply_f32(const float* w, int count, const float* x, float* out) 
     }
 }
 
-static void tile_f32(const unsigned char* panel, int num_inputs, const float* x, int rows, float* out) {
+// A group of a panel as floats (32 inputs, 16). The products with scales are exact, so that rounding happens
+// once, in the sum, and the weights are the same bits with and without fused operations.
+static inline void expand(WeightKind kind, const unsigned char* group, float* out) {
+    for (int half = 0; half < 2; ++half, out += 8) {
+        const f32x8 scale = load_half(group + 16 * half);
+        if (kind == WeightKind::bf16) {
+            for (int i = 0; i < kGroup; ++i) {
+                const i32x8 bits = widen(group + 2 * (i * kPanel + 8 * half)) << 16;
+                store(out + i * kPanel, (f32x8)bits);
+            }
+        } else if (kind == WeightKind::int8) {
+            for (int i = 0; i < kGroup; i += 2) {
+                const i32x8 pair = widen(group + 2 * kPanel + i * kPanel + 16 * half);
+                store(out + i * kPanel, to_float((pair << 24) >> 24) * scale);
+                store(out + (i + 1) * kPanel, to_float(pair >> 8) * scale);
+            }
+        } else {
+            const f32x8 minimum = load_half(group + 2 * kPanel + 16 * half);
+            for (int i = 0; i < kGroup / 2; ++i) {
+                i32x8 both;
+                __builtin_memcpy(&both, group + 4 * kPanel + i / 4 * 64 + 32 * half, sizeof both);
+                const i32x8 low = (both >> (i % 4 * 8)) & 15, high = (both >> (i % 4 * 8 + 4)) & 15;
+                store(out + i * kPanel, fma8(to_float(low), scale, minimum));
+                store(out + (i + kGroup / 2) * kPanel, fma8(to_float(high), scale, minimum));
+            }
+        }
+    }
+}
+
+static void tile_f32(WeightKind kind, const unsigned char* panel, int num_inputs, const float* x, int rows,
+                     float* out) {
+    alignas(64) float expanded[kInputsPerPass * kPanel];
     for (int i = 0; i < rows * kPanel; ++i) out[i] = 0.0f;
     for (int first = 0; first < num_inputs; first += kInputsPerPass) {
         const int count = num_inputs - first < kInputsPerPass ? num_inputs - first : kInputsPerPass;
-        const float* w = (const float*)panel + (size_t)first * kPanel;
+        const unsigned char* group = panel + (size_t)(first / kGroup) * group_bytes(kind);
+        const float* w = kind == WeightKind::f32 ? (const float*)group : expanded;
+        if (kind != WeightKind::f32)
+            for (int k = 0; k < count; k += kGroup, group += group_bytes(kind))
+                expand(kind, group, expanded + k * kPanel);
         int r = 0;
         for (; r + kStrip <= rows; r += kStrip)
             multiply_f32<kStrip>(w, count, x + (size_t)r * num_inputs + first * kStrip, out + r * kPanel);
-        const float* part = x + (size_t)r * num_inputs + first * (rows - r);
-        float* target = out + r * kPanel;
-        switch (rows - r) {
-            case 5: multiply_f32<5>(w, count, part, target); break;
-            case 4: multiply_f32<4>(w, count, part, target); break;
-            case 3: multiply_f32<3>(w, count, part, target); break;
-            case 2: multiply_f32<2>(w, count, part, target); break;
-            case 1: multiply_f32<1>(w, count, part, target); break;
-            default: break;
-        }
+        const float* rest = x + (size_t)r * num_inputs + first * (rows - r);
+        for_rest(rows - r, [&](auto n) { multiply_f32<n.value>(w, count, rest, out + r * kPanel); });
     }
 }
 

@@ -48,7 +48,7 @@ public:
     // Runs body(first_row, count) for each strip of rows; then x (rows, width) is prepared in `target`.
     // Called by all threads of the team.
     template <class Body>
-    void prepare(WeightKind kind, const float* x, int rows, int width, const Activations& target, const Body& body) {
+    void prepare(InputKind kind, const float* x, int rows, int width, const Activations& target, const Body& body) {
         team.share((rows + kStrip - 1) / kStrip, 1, [&](int strip, int) {
             const int first = strip * kStrip;
             body(first, std::min(kStrip, rows - first));
@@ -96,7 +96,7 @@ struct Product {
     }
 };
 
-// The products of the same prepared inputs with several maps of one kind. Called by all threads of the team.
+// The products of the same prepared inputs with several maps that take that kind. Called by all threads of the team.
 inline void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<Product> products) {
     int num_panels = 0;
     for (const Product& product : products) num_panels += product.map->weights().num_panels;

@@ -13,6 +13,7 @@ from torch import Tensor
 from scone.kernels.extension import native
 from scone.kernels.packed_linear import (
     INSTRUCTION_SETS,
+    PackedLinear,
     WeightKind,
     Workspace,
     rounded_weight_reference,
@@ -163,3 +164,24 @@ def test_auto_takes_the_format_that_keeps_the_weights() -> None:
     forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
     assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["f32"] * 7
     assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 21
+
+
+def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder()
+    stored: list[WeightKind] = ["int4", "int8", "bf16"]
+    for block, kind in zip(decoder.layers, stored, strict=False):
+        for linear in block.children():
+            if isinstance(linear, torch.nn.Linear) and kind == "bf16":
+                linear.weight.copy_(linear.weight.bfloat16())
+            elif isinstance(linear, torch.nn.Linear):
+                low, high = (0, 15) if kind == "int4" else (-127, 127)
+                linear.weight.copy_(torch.randint(low, high + 1, linear.weight.shape))
+                linear.weight[:, ::32], linear.weight[:, 1::32] = low, high  # the ends of each group's range
+                linear.weight.mul_(2.0 ** (-5 if kind == "int4" else -9))
+    forward = NativeForward(decoder, "none", num_threads=1, max_model_len=16)
+    assert forward.kinds[:21] == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7
+    config = replace(CONFIG, quantization="none")
+    ours = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
+    plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
