@@ -60,7 +60,10 @@ class ModelLoader:
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
-            decoder = placed(checkpoint.decoder(dtype), device)
+            decoder = checkpoint.decoder(dtype)
+            if settings.kronecker == "table":
+                decoder.precompute_embeddings()
+            decoder = placed(decoder, device)
         with self._phase("engine", "starting the engine"):
             engine = Engine(
                 config,

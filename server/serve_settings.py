@@ -32,6 +32,12 @@ MODEL_SETTINGS = (
         choices=("auto", "float32", "bfloat16", "float16"),
         help="type of weights and activations; auto is float32 on a CPU, bfloat16 on CUDA",
     ),
+    Setting(
+        name="kronecker",
+        default="table",
+        choices=("table", "bytes"),
+        help="Kronecker token embeddings: made into a table at start, or of their bytes each time",
+    ),
     Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
 )
 
