@@ -75,9 +75,10 @@ class NativeForward:
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Hidden states (num_tokens, dim), in the memory of the embeddings; as `TorchForward.forward`."""
-        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers)
+        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers, first_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

@@ -34,14 +34,18 @@ class TorchForward:
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
-        """Hidden states (num_tokens, dim), normalised unless `num_layers` is less than all."""
+        """Hidden states (num_tokens, dim), normalised unless `num_layers` is less than all.
+
+        Of the layers from `first_layer` on, whose inputs `embeddings` then are.
+        """
 
         def attend(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             write_kv(k, v, k_cache[layer_id], v_cache[layer_id], batch.slots)
             return paged_attention_reference(q, k_cache[layer_id], v_cache[layer_id], batch, self._scale)
 
-        return cast(Tensor, self._decoder(embeddings, positions, attend, num_layers))
+        return cast(Tensor, self._decoder(embeddings, positions, attend, num_layers, first_layer))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
