@@ -218,8 +218,8 @@ class EngineCore:
         chunks, embeddings = self._embed(chunks)
         if not chunks:
             return
-        depths = [self._generations[c.seq].run.num_layers for c in chunks]
-        parts = self._runner.forward_each(chunks, embeddings, depths)
+        ranges = [self._generations[c.seq].run.layers for c in chunks]
+        parts = self._runner.forward_each(chunks, embeddings, ranges)
         sampling: list[tuple[Generation, Tensor]] = []
         for chunk, part in zip(chunks, parts, strict=True):
             generation = self._generations[chunk.seq]

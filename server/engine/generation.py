@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.observer import EngineObserver
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.sampler import SampledToken, SamplerState
@@ -28,6 +29,7 @@ class RequestRun:
         pooler: makes the one vector of a request with `pooling`, else None.
         num_open: sequences that have not had their last delta.
         num_counted_tokens: prompt tokens that the observer has been told of.
+        first_layer: the forward pass begins here, from states that are known; 0: from the embeddings.
     """
 
     request: GenerationRequest
@@ -41,6 +43,7 @@ class RequestRun:
     pooler: Pooler | None = None
     num_open: int = 0
     num_counted_tokens: int = 0
+    first_layer: int = 0
 
     def __post_init__(self) -> None:
         self.num_open = self.request.n
@@ -51,6 +54,11 @@ class RequestRun:
     def num_layers(self) -> int | None:
         """How deep the request's forward pass goes; None is all the way."""
         return None if self.request.pooling is None else self.request.pooling.layer
+
+    @property
+    def layers(self) -> LayerRange:
+        """Those that the request's forward pass goes through."""
+        return LayerRange(self.first_layer, self.num_layers)
 
     @property
     def needs_all_positions(self) -> bool:

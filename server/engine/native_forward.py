@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class NativeForward:
 
     Attributes:
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
+        arithmetic: names all that the bits of its results depend on besides weights and inputs.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class NativeForward:
             sin=sin,
         )
         self.kinds = [linear.kind for layer in layers for linear in layer.maps]
+        digest = hashlib.sha256(" ".join([*self.kinds, head_kind]).encode()).hexdigest()[:16]
+        self.arithmetic = f"native {self._workspace.instruction_set}, maps {digest}"
         logger.info(
             "native %s kernels, %d thread(s); maps of the layers: %s; head: %s",
             self._workspace.instruction_set,

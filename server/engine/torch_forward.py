@@ -16,9 +16,14 @@ from scone.model_store.decoder import Decoder
 
 
 class TorchForward:
-    """A decoder with attention over a paged cache."""
+    """A decoder with attention over a paged cache.
+
+    Attributes:
+        arithmetic: names all that its results depend on, up to rounding, besides weights and inputs.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
+        self.arithmetic = f"torch {torch.__version__} on {decoder.embed_tokens.weight.device.type}"
         self._decoder = decoder
         self._scale = decoder.config.head_dim**-0.5
 

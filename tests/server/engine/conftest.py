@@ -21,7 +21,8 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import RequestRun
 from scone.server.engine.input_rows import InputRows
-from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.layer_range import LayerRange
+from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
@@ -203,7 +204,7 @@ class LateRunner(ModelRunner):
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._late(super().embed(chunks))
 
-    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange = ALL_LAYERS) -> Tensor:
         hidden = torch.full_like(embeddings, torch.nan)
         # what the host prepares is as of now
         positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.num_tokens)])
@@ -211,7 +212,7 @@ class LateRunner(ModelRunner):
 
         def run() -> None:
             states = self._forward.forward(
-                embeddings, positions.int(), batch, self._k_cache, self._v_cache, num_layers
+                embeddings, positions.int(), batch, *self._kv_cache, layers.end, layers.first
             )
             hidden.copy_(states)
 
