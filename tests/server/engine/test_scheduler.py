@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scone.cache.state_identity import StateIdentity
 from scone.server.engine import scheduler
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.prefix_cache import root_hash
 from scone.server.engine.scheduler import Chunk, SchedulerState, Sequence, Status
 
 BLOCK_SIZE = 4
@@ -34,7 +34,7 @@ class Simulation:
         self.to_fork: dict[Sequence, int] = {}
 
     def add(self, arrival: int, prompt: list[int], num_tokens: int, n: int, salt: str) -> None:
-        seq = Sequence(arrival, 0, list(prompt), root_hash("m", "t", "", salt))
+        seq = Sequence(arrival, 0, list(prompt), StateIdentity(model_hash="m", tokenizer_hash="t").root(salt))
         seq.ready_to = len(prompt)
         self.to_generate[seq] = num_tokens
         self.to_fork[seq] = n - 1
