@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scone.cache import TableConfig
+from scone.cache.recycled_config import RecycledConfig
 from scone.cache.table_config import DISK_READERS
 from scone.server.api.config import ApiConfig
 from scone.server.engine.engine_config import EngineConfig
@@ -14,6 +15,7 @@ from scone.server.settings import Resolved, Setting, parse_bool, parse_bytes
 _TABLE = TableConfig()
 _ENGINE = EngineConfig()
 _API = ApiConfig()
+_RECYCLED = RecycledConfig()
 
 MODEL_SETTINGS = (
     Setting(name="model", required=True, help="GGUF file, Hugging Face folder or SCONE checkpoint folder"),
@@ -40,8 +42,8 @@ TABLE_SETTINGS = (
     Setting(
         name="ram_bytes",
         kind=parse_budget,
-        help="memory for the table's most frequent rows, as in 4GiB; 0 leaves all rows to the page cache"
-        " (default: auto, 40 % of what is free)",
+        help="memory for the table's most frequent rows and for recycled states, as in 4GiB; 0 leaves all"
+        " rows to the page cache (default: auto, 40 % of what is free)",
     ),
     Setting(
         name="device_bytes",
@@ -60,6 +62,20 @@ TABLE_SETTINGS = (
         kind=int,
         default=_TABLE.io_depth,
         help="reads under way at a time when reading directly",
+    ),
+)
+
+RECYCLED_SETTINGS = (
+    Setting(
+        name="recycled",
+        help="folder in which computed states are kept for reuse, also by other servers on this host"
+        " (default: none are kept)",
+    ),
+    Setting(
+        name="disk_bytes",
+        kind=parse_bytes,
+        default=_RECYCLED.disk_bytes,
+        help="what that folder may take on disk, as in 8GiB",
     ),
 )
 
@@ -193,7 +209,7 @@ HTTP_SETTINGS = (
     Setting(name="log_format", default="text", choices=("text", "json"), help="how log lines look"),
 )
 
-SERVE_SETTINGS = (*MODEL_SETTINGS, *TABLE_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
+SERVE_SETTINGS = (*MODEL_SETTINGS, *TABLE_SETTINGS, *RECYCLED_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
 
 
 def api_config(settings: Resolved) -> ApiConfig:
@@ -273,3 +289,8 @@ def table_config(settings: Resolved, num_threads: int) -> TableConfig:
         io_depth=settings.io_depth,
         num_threads=num_threads,
     )
+
+
+def recycled_config(settings: Resolved) -> RecycledConfig:
+    """How recycled states are kept; raises CacheError."""
+    return RecycledConfig(disk_bytes=settings.disk_bytes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scone.cache.device import Device
 from scone.cache.errors import RowReadError
+from scone.cache.state_identity import StateIdentity
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer, TokenBytes
@@ -29,7 +30,6 @@ from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import Runner
 from scone.server.engine.observer import EngineObserver, step_stats
 from scone.server.engine.pooling import Pooler
-from scone.server.engine.prefix_cache import root_hash
 from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.row_waits import RowWaits
 from scone.server.engine.sampler import SamplerState
@@ -84,7 +84,10 @@ class EngineCore:
         # Blocks of a shallow forward pass hold only some layers' keys and values: they get no name.
         if self.config.enable_prefix_caching and run.num_layers is None:
             table_id = "" if run.input_rows is None else run.input_rows.table_id
-            root = root_hash(self._model_hash, self._tokenizer.hash, table_id, request.cache_salt)
+            identity = StateIdentity(
+                model_hash=self._model_hash, tokenizer_hash=self._tokenizer.hash, table_id=table_id
+            )
+            root = identity.root(request.cache_salt)
         seq = scheduler.Sequence(
             arrival=run.arrival,
             index=0,

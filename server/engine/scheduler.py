@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from scone.cache.state_identity import extend_block_hashes
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.prefix_cache import extend_block_hashes
 
 
 class Status(Enum):

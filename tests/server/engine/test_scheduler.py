@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scone.cache.state_identity import StateIdentity
 from scone.server.engine import scheduler
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.prefix_cache import root_hash
 from scone.server.engine.scheduler import Chunk, SchedulerState, Sequence, Status
 
 BLOCK_SIZE = 4
+
+
+def root(salt: str) -> bytes:
+    return StateIdentity(model_hash="m", tokenizer_hash="t").root(salt)
 
 
 class Simulation:
@@ -39,7 +43,7 @@ class Simulation:
     def add(
         self, arrival: int, prompt: list[int], num_tokens: int, n: int, salt: str, is_looked_up: bool = False
     ) -> None:
-        seq = Sequence(arrival, 0, list(prompt), root_hash("m", "t", "", salt))
+        seq = Sequence(arrival, 0, list(prompt), root(salt))
         seq.ready_to = len(prompt)
         if is_looked_up:
             seq.num_stored_blocks = None
@@ -263,7 +267,7 @@ def stored_simulation(**limits: int) -> tuple[Simulation, list[int]]:
     """A simulation whose store holds all blocks of a prompt of 17 tokens, and the prompt."""
     simulation = Simulation(**{"num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 8} | limits)  # type: ignore[arg-type]
     prompt = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 0, 1]
-    known = Sequence(99, 0, prompt, root_hash("m", "t", "", "a"))
+    known = Sequence(99, 0, prompt, root("a"))
     scheduler.cached_blocks(simulation.state, known)
     simulation.stored = set(known.block_hashes)
     return simulation, prompt

@@ -1,0 +1,221 @@
+"""The one door to recycled states: what was computed once is fetched, by content, instead of computed again.
+
+RAM in front of a disk that the processes of a host share. A state's key names everything that it depends on
+(`state_identity.py`); its token ids and a checksum are compared at every hit, so that whatever happened to
+the bytes, the worst is a miss. Knows nothing of models: a state is bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_config import RecycledConfig
+from scone.cache.recycled_disk import RecycledDisk
+from scone.cache.recycled_ram import RecycledRam
+from scone.cache.recycled_record import Payload, Record, id_bytes, state_key
+from scone.cache.recycled_stats import KINDS, Kind, RecycledStats
+from scone.cache.recycled_writer import Job, RecycledWriter
+from scone.cache.state_worth import Worth
+
+TokenIds = NDArray[np.int32] | bytes
+StateTier = Literal["ram", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a tier holds of a kind."""
+
+    kind: Kind
+    tier: StateTier
+    num_entries: int
+    num_bytes: int
+
+
+class RecycledStore:
+    """Content-addressed states. Thread-safe.
+
+    Example:
+        with RecycledStore.open(None, RecycledConfig(), MemoryBudget(1 << 20)) as store:
+            store.write("results", key, token_ids, vector, cost_seconds=0.1)
+            store.flush(1.0)
+            payload = store.read("results", key, token_ids)
+    """
+
+    def __init__(
+        self,
+        disk: RecycledDisk | None,
+        config: RecycledConfig,
+        memory: MemoryBudget,
+        stats: RecycledStats,
+        clock: Callable[[], float],
+    ) -> None:
+        """Use `open`."""
+        self.stats = stats
+        self._clock = clock
+        self._memory = memory
+        self._disk = disk
+        self._ram = RecycledRam(memory, stats, clock)
+        self._writer = RecycledWriter(self, stats, config.queue_length, config.queue_bytes)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | None,
+        config: RecycledConfig,
+        memory: MemoryBudget,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Opens or makes the store in folder `path`; None keeps states in RAM alone. Raises CacheError."""
+        stats = RecycledStats()
+        disk = None if path is None else RecycledDisk(path, config.disk_bytes, stats)
+        return cls(disk, config, memory, stats, clock)
+
+    def find(self, kind: Kind, keys: Sequence[bytes]) -> int:
+        """How many of `keys`, from the first on, are held; reads no payload."""
+        return len(self.locate(kind, keys))
+
+    def locate(self, kind: Kind, keys: Sequence[bytes]) -> list[StateTier]:
+        """The tier of each of `keys`, from the first on, until one is not held."""
+        self.stats.add_queries(kind, len(keys))
+        names = [state_key(kind, key) for key in keys]
+        in_ram = [name in self._ram for name in names]
+        on_disk: list[bool] = [False] * len(names)
+        if self._disk is not None and not all(in_ram):
+            on_disk = self._disk.held(names)
+        tiers: list[StateTier] = []
+        for ram, disk in zip(in_ram, on_disk, strict=True):
+            if not (ram or disk):
+                break
+            tiers.append("ram" if ram else "disk")
+        return tiers
+
+    def read(
+        self, kind: Kind, key: bytes, token_ids: TokenIds, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8] | None:
+        """The payload, verified, in `out` if given; may wait for a disk: for worker threads.
+
+        Args:
+            token_ids: must equal those written.
+            out: contiguous bytes, as many as the payload has; undefined after a miss. Without it the array
+                returned is shared and not to be changed.
+
+        Returns:
+            None is a miss: absent, torn, damaged, of other token ids, or of another size than `out`.
+        """
+        name, ids = state_key(kind, key), id_bytes(token_ids)
+        began = time.perf_counter()
+        tier: StateTier = "ram"
+        record = self._ram.get(name)
+        worth = None
+        if record is None and self._disk is not None:
+            tier = "disk"
+            found = self._disk.get(name)
+            record, worth = found if found is not None else (None, None)
+        if record is None:
+            self.stats.add_miss(kind)
+            return None
+        fault = record.fault(ids)
+        if fault is None and out is not None and out.nbytes != record.payload.nbytes:
+            fault = "size"
+        if fault is not None:
+            self.stats.add_damaged(kind, fault)
+            self.stats.add_miss(kind)
+            self._ram.discard(name)
+            if self._disk is not None:
+                self._disk.discard(name)
+            return None
+        if worth is not None:
+            self._ram.put(record, worth.used(self._clock()))
+        payload = record.payload
+        if out is not None:
+            out[:] = payload
+            payload = out
+        self.stats.add_hit(kind, tier, payload.nbytes, time.perf_counter() - began)
+        return payload
+
+    def write(
+        self,
+        kind: Kind,
+        key: bytes,
+        token_ids: TokenIds,
+        payload: Payload | Callable[[], Payload],
+        *,
+        cost_seconds: float,
+        depth: int = 0,
+        on_done: Callable[[], None] | None = None,
+    ) -> bool:
+        """Queues a write; never waits.
+
+        Args:
+            payload: a buffer that is not changed until `on_done`, or a callable that returns one, called on
+                the writer's thread unless the state is held already.
+            cost_seconds: what computing it again would take.
+            depth: states before it in its chain, without which it is of no use.
+            on_done: called exactly once, from whatever thread, when the payload is no longer looked at;
+                before `write` returns if that is False.
+
+        Returns:
+            False: dropped and counted, since too much waits.
+        """
+        name, ids = state_key(kind, key), id_bytes(token_ids)
+        return self._writer.submit(Job(name, ids, payload, cost_seconds, depth, on_done))
+
+    def set_budgets(self, *, ram_bytes: int | None = None, disk_bytes: int | None = None) -> None:
+        """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much."""
+        if ram_bytes is not None:
+            self._memory.resize(ram_bytes)
+        if disk_bytes is not None and self._disk is not None:
+            self._disk.set_budget(disk_bytes)
+
+    def usage(self) -> list[TierUsage]:
+        """Entries and payload bytes by kind and tier."""
+        tiers: list[tuple[StateTier, dict[Kind, tuple[int, int]]]] = [("ram", self._ram.usage())]
+        if self._disk is not None:
+            tiers.append(("disk", self._disk.usage()))
+        return [TierUsage(kind, tier, *usage[kind]) for tier, usage in tiers for kind in KINDS]
+
+    def clear(self, kind: Kind | None = None) -> int:
+        """Drops all states (of a kind) from both tiers; returns how many."""
+        num_in_ram = self._ram.clear(kind)
+        return num_in_ram if self._disk is None else self._disk.clear(kind)
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until all queued writes are done; False: they are not after `timeout` seconds."""
+        return self._writer.flush(timeout)
+
+    def close(self) -> None:
+        """Ends the writer; writes that wait are dropped, those under way finish."""
+        self._writer.close()
+        self._ram.close()
+        if self._disk is not None:
+            self._disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What the writer calls, on its thread.
+
+    def holds(self, name: bytes) -> bool:
+        return self._disk.held([name])[0] if self._disk is not None else name in self._ram
+
+    def store(self, records: list[tuple[Record, float, int]]) -> None:
+        now = self._clock()
+        rated = [(r, Worth.new(cost, r.num_bytes, depth, now)) for r, cost, depth in records]
+        for record, worth in rated:
+            self._ram.put(record, worth)
+        if self._disk is not None:
+            self._disk.write(rated)
+
+    def idle(self) -> None:
+        pass
