@@ -2,9 +2,9 @@
 
 A row is any run of `dim` values that an id names: an f-gram's row, or the state of a block of tokens.
 
-A slot's life: FREE -> `reserve` (FILLING: the host, on whatever thread, writes rows) -> `commit` (a copy is
-queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is reserve, write and
-commit in one call. The invariants, each guarded by one synchronisation and each shown by a test to be needed:
+A slot's life: FREE -> `reserve` (FILLING: the host writes rows, on whatever thread) -> `commit` (a copy is
+queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is all of the first
+two. The invariants, each guarded by one synchronisation and each shown by a test to be needed:
 
 I1  the host writes a slot's host side only after the copy that reads it has run;
 I2  a copy into a slot's device side runs only after the model has done with it;
@@ -71,6 +71,10 @@ class Slot:
         self.state = SlotState.FREE
 
     @property
+    def host_bytes(self) -> int:
+        return self._memory.host.nbytes
+
+    @property
     def host_rows(self) -> Tensor:
         """(num_rows, dim), the host's."""
         return self.views().host_rows
@@ -104,6 +108,11 @@ class StagingRing:
             raise ValueError(f"num_slots is {num_slots}, wanted at least 3")
         self._device = device
         self._slots = [Slot(device, max_rows, dim, dtype) for _ in range(num_slots)]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of all slots."""
+        return sum(slot.host_bytes for slot in self._slots)
 
     @property
     def num_in_use(self) -> int:
