@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import CpuDevice, Event, Stream
+from scone.cache.state_identity import StateIdentity
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.scheduler import Chunk
 
@@ -84,6 +85,7 @@ class PacedModel:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    state_identity = StateIdentity(model_hash="", tokenizer_hash="", compute="paced")
 
     def __init__(
         self,

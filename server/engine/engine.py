@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from scone.cache.device import Device
 from scone.cache.fgram_table import FGramTable
+from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine_config import EngineConfig
@@ -66,15 +68,20 @@ class Engine:
         *,
         observer: EngineObserver | None = None,
         device: Device | None = None,
+        recycled: RecycledStore | None = None,
     ) -> None:
-        """The table stays the caller's to close, after `shutdown`; nothing of the decoder is kept but what
-        the backend needs. `device` stages the table's rows; without one, the model's own does. Raises
-        SettingError for settings that this machine or model cannot do.
+        """Table and store stay the caller's to close, after `shutdown`; nothing of the decoder is kept but
+        what the backend needs. `device` stages the table's rows; without one, the model's own does. States
+        are fetched from `recycled` and kept there. Raises SettingError for settings that this machine or
+        model cannot do.
         """
         self.config = config
         runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
         self._vocab_size = runner.vocab_size
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
+        if recycled is not None:
+            assert isinstance(runner, ModelRunner)
+            self._core.recycle(recycled, RecycleCost(), runner, runner.num_layers, self._post)
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -180,6 +187,8 @@ class Engine:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._core.recycler is not None:
+            self._core.recycler.close()
         if self._input_rows is not None:
             self._input_rows.close()
         return drained
@@ -206,6 +215,12 @@ class Engine:
                 has_work=bool(self._open),
                 last_step_monotonic=self._last_step,
             )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Has `command` run on the engine thread, between two steps."""
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify_all()
 
     # -- admission -----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scone.cache.state_identity import StateIdentity
 from scone.kernels.extension import native
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
@@ -60,6 +61,8 @@ class Runner(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def state_identity(self) -> StateIdentity: ...
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
@@ -69,13 +72,23 @@ class Runner(Protocol):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
 
 
+class BlockMemory(Protocol):
+    """The KV cache as blocks of bytes; see `ModelRunner`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def block(self, block_id: int) -> Tensor: ...
+
+
 class ModelRunner:
     """A decoder and its KV cache.
 
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native` or `torch`.
-        state_layout: what determines the bits of a state besides model, rows and tokens, and how they lie.
+        state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
     """
 
@@ -84,7 +97,7 @@ class ModelRunner:
         self.device = decoder.embed_tokens.weight.device
         self.block_size = config.block_size
         shape = decoder.config
-        self.vocab_size, self.dim = shape.vocab_size, shape.dim
+        self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers
         self.backend = _choose_backend(decoder, config)
         self._forward: Forward = (
             NativeForward(
@@ -97,7 +110,6 @@ class ModelRunner:
             else TorchForward(decoder)
         )
         self.dtype = torch.float32 if self.backend == "native" else decoder.dtype
-        self.state_layout = f"{self._forward.arithmetic}, {self.dtype}, {config.block_size} tokens a block"
         block_bytes = shape.kv_bytes_per_token // 4 * self.dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
@@ -111,6 +123,15 @@ class ModelRunner:
         )
         self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
         self._block_bytes = self._kv_cache.view(torch.uint8)
+        # The whole shape: weights of one hash may be read with another base of rotation or another norm.
+        self.state_identity = StateIdentity(
+            model_hash="",
+            tokenizer_hash="",
+            state_dtype=str(self.dtype),
+            layout="kv:" + "x".join(map(str, self.block(0).shape)),
+            rope=f"{shape.rope_theta} {shape.rope_scaling}",
+            compute=f"{self._forward.arithmetic}, {shape}",
+        )
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """Token embeddings (num_tokens, dim) of the chunks, one after the other."""
@@ -171,9 +192,9 @@ class ModelRunner:
         return self.block(0).numel()
 
     def block(self, block_id: int) -> Tensor:
-        """View (2, num_layers, num_kv_heads, block_size, head_dim in bytes) uint8 of a block's keys and values.
+        """View (2, num_layers, num_kv_heads, block_size, head_dim in bytes) uint8 of its keys and values.
 
-        What the bytes mean is the backend's: see `state_layout`.
+        What the bytes mean is the backend's: see `state_identity`.
         """
         return self._block_bytes[:, :, block_id]
 

@@ -140,7 +140,7 @@ def test_layers_that_end_before_they_begin_are_refused() -> None:
 def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
     """Copied into another model's cache, elsewhere, they stand in for computing."""
     for backend in ("native", "torch"):
-        config = replace(CONFIG, backend=backend)  # type: ignore[arg-type]
+        config = replace(CONFIG, backend=backend)
         first, second = (ModelRunner(random_decoder(), config) for _ in range(2))
         prompt = random_prompt(4, 24, high=200)
         here, there = (Sequence(0, 0, prompt, block_ids=ids) for ids in ([3, 1, 2], [9, 4, 7]))

@@ -265,7 +265,7 @@ def test_a_starved_sequence_lets_others_pass() -> None:
 
 def stored_simulation(**limits: int) -> tuple[Simulation, list[int]]:
     """A simulation whose store holds all blocks of a prompt of 17 tokens, and the prompt."""
-    simulation = Simulation(**{"num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 8} | limits)  # type: ignore[arg-type]
+    simulation = Simulation(**{"num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 8} | limits)
     prompt = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 0, 1]
     known = Sequence(99, 0, prompt, root("a"))
     scheduler.cached_blocks(simulation.state, known)
