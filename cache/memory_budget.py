@@ -109,6 +109,15 @@ class Share:
             self.used_bytes += num_bytes
             return True
 
+    def may_reserve(self, num_bytes: int, value: float) -> bool:
+        """Whether `reserve` has a chance; evicts nothing."""
+        budget = self.budget
+        with budget.lock:
+            if num_bytes <= budget.free_bytes:
+                return True
+            least = (share.least_value() for share in budget._shares if share.evict and share.least_value)
+            return num_bytes <= budget.total_bytes and min(least, default=value) < value
+
     def release(self, num_bytes: int) -> None:
         """Gives back what was reserved and is no longer allocated."""
         with self.budget.lock:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scone.cache.errors import CacheError
 
-LEAST_DISK_BYTES = 16 << 20
+LEAST_DISK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

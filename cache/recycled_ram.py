@@ -65,6 +65,10 @@ class RecycledRam:
             entry.worth = entry.worth.used(self._clock())
             return entry.record
 
+    def wants(self, record: Record, worth: Worth) -> bool:
+        """Whether `put` has a chance."""
+        return self._share.may_reserve(record.num_bytes + ENTRY_BYTES, self._value(worth.score))
+
     def put(self, record: Record, worth: Worth) -> bool:
         """Keeps the record if it is worth more than what it would displace."""
         with self._lock:
@@ -72,6 +76,7 @@ class RecycledRam:
             entry = _Entry(record, worth)
             if not self._share.reserve(entry.num_bytes, self._value(worth.score)):
                 return False
+            record.payload.setflags(write=False)  # handed out without a copy
             self._entries[record.name] = entry
             heapq.heappush(self._heap, (worth.score, record.name))
             if len(self._heap) > 2 * len(self._entries) + 64:  # leftovers of what was discarded

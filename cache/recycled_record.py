@@ -67,10 +67,15 @@ class Record:
     def num_bytes(self) -> int:
         return len(self.ids) + len(self.payload)
 
+    def part(self, begin: int, end: int) -> bytes | memoryview:
+        """Bytes [begin, end) of ids and payload end to end."""
+        num_ids = len(self.ids)
+        if begin >= num_ids:
+            return self.payload.data[begin - num_ids : end - num_ids]
+        return self.ids[begin:end] + self.payload[: max(0, end - num_ids)].tobytes()
+
     def fault(self, ids: bytes) -> str | None:
         """Why this may not be handed out for `ids`; None: all is well."""
-        if self.ids != ids:
-            return "token_ids"
         if checksum(self.name, self.ids, self.payload) != self.crc:
             return "checksum"
-        return None
+        return None if self.ids == ids else "token_ids"

@@ -17,7 +17,8 @@ class RecycledStats:
         queries: keys that were asked for, by kind (`find`).
         hits: states handed out, by kind and tier (`ram`, `disk`).
         misses: reads without a result, by kind: absent, or one of `damaged`.
-        damaged: by kind and reason: `checksum`, `token_ids`, `torn`, `file`.
+        damaged: by kind and reason: `checksum`, `token_ids` (others than asked for), `size`.
+        damaged_files: files of the store that were replaced since LMDB could not use them.
         bytes_read: payload bytes handed out, by kind and tier.
         bytes_written: payload bytes stored, by kind and tier.
         writes: by kind and result: `stored`, `held` (it was there already), `dropped` (queue full),
@@ -32,6 +33,7 @@ class RecycledStats:
         self.hits: Counter[tuple[str, str]] = Counter()
         self.misses: Counter[str] = Counter()
         self.damaged: Counter[tuple[str, str]] = Counter()
+        self.damaged_files = 0
         self.bytes_read: Counter[tuple[str, str]] = Counter()
         self.bytes_written: Counter[tuple[str, str]] = Counter()
         self.writes: Counter[tuple[str, str]] = Counter()
@@ -55,6 +57,10 @@ class RecycledStats:
     def add_damaged(self, kind: Kind, reason: str) -> None:
         with self._lock:
             self.damaged[kind, reason] += 1
+
+    def add_damaged_file(self) -> None:
+        with self._lock:
+            self.damaged_files += 1
 
     def add_stored(self, kind: Kind, tier: str, num_bytes: int) -> None:
         with self._lock:

@@ -7,9 +7,11 @@ the bytes, the worst is a miss. Knows nothing of models: a state is bytes.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,13 +22,17 @@ from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_disk import RecycledDisk
 from scone.cache.recycled_ram import RecycledRam
-from scone.cache.recycled_record import Payload, Record, id_bytes, state_key
+from scone.cache.recycled_record import Payload, Record, id_bytes, kind_of, state_key
 from scone.cache.recycled_stats import KINDS, Kind, RecycledStats
 from scone.cache.recycled_writer import Job, RecycledWriter
 from scone.cache.state_worth import Worth
 
+_ROUND_SECONDS = 1.0
+_MAX_USES = 10_000
+
 TokenIds = NDArray[np.int32] | bytes
 StateTier = Literal["ram", "disk"]
+TIERS: tuple[StateTier, ...] = ("ram", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,9 @@ class RecycledStore:
         self._memory = memory
         self._disk = disk
         self._ram = RecycledRam(memory, stats, clock)
+        self._uses: defaultdict[bytes, list[float]] = defaultdict(list)
+        self._uses_lock = threading.Lock()
+        self._next_round = 0.0
         self._writer = RecycledWriter(self, stats, config.queue_length, config.queue_bytes)
 
     @classmethod
@@ -112,34 +121,56 @@ class RecycledStore:
         """
         name, ids = state_key(kind, key), id_bytes(token_ids)
         began = time.perf_counter()
-        tier: StateTier = "ram"
-        record = self._ram.get(name)
-        worth = None
-        if record is None and self._disk is not None:
-            tier = "disk"
-            found = self._disk.get(name)
-            record, worth = found if found is not None else (None, None)
-        if record is None:
-            self.stats.add_miss(kind)
-            return None
-        fault = record.fault(ids)
-        if fault is None and out is not None and out.nbytes != record.payload.nbytes:
-            fault = "size"
-        if fault is not None:
+        for tier in TIERS:
+            record, worth = self._look_up(tier, name, out)
+            if record is None:
+                continue
+            fault = record.fault(ids)
+            if fault is None and out is not None and out.nbytes != record.payload.nbytes:
+                fault = "size"
+            if fault is None:
+                payload = self._hand_out(record, worth, out)
+                self.stats.add_hit(kind, tier, payload.nbytes, time.perf_counter() - began)
+                return payload
             self.stats.add_damaged(kind, fault)
-            self.stats.add_miss(kind)
+            if fault != "checksum":
+                break  # what is stored is sound, but not what was asked for
+            self._discard(tier, name)
+        self.stats.add_miss(kind)
+        return None
+
+    def _look_up(
+        self, tier: StateTier, name: bytes, out: NDArray[np.uint8] | None
+    ) -> tuple[Record | None, Worth | None]:
+        """The record, and of one from the disk what it is worth."""
+        if tier == "ram":
+            return self._ram.get(name), None
+        found = None if self._disk is None else self._disk.read(name, out)
+        return (None, None) if found is None else found
+
+    def _hand_out(
+        self, record: Record, worth: Worth | None, out: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """The payload, in `out` if given; the use is noted, and a record from the disk kept in RAM."""
+        now = self._clock()
+        if self._disk is not None:
+            with self._uses_lock:
+                if len(self._uses) < _MAX_USES:
+                    self._uses[record.name].append(now)
+        if worth is not None and self._ram.wants(record, worth.used(now)):
+            own = record.payload.copy() if record.payload is out else record.payload
+            self._ram.put(replace(record, payload=own), worth.used(now))
+        if out is None:
+            return record.payload
+        if record.payload is not out:
+            out[:] = record.payload
+        return out
+
+    def _discard(self, tier: StateTier, name: bytes) -> None:
+        if tier == "ram":
             self._ram.discard(name)
-            if self._disk is not None:
-                self._disk.discard(name)
-            return None
-        if worth is not None:
-            self._ram.put(record, worth.used(self._clock()))
-        payload = record.payload
-        if out is not None:
-            out[:] = payload
-            payload = out
-        self.stats.add_hit(kind, tier, payload.nbytes, time.perf_counter() - began)
-        return payload
+        elif self._disk is not None:
+            self._disk.discard(name)
 
     def write(
         self,
@@ -212,10 +243,24 @@ class RecycledStore:
     def store(self, records: list[tuple[Record, float, int]]) -> None:
         now = self._clock()
         rated = [(r, Worth.new(cost, r.num_bytes, depth, now)) for r, cost, depth in records]
+        results = {}
         for record, worth in rated:
-            self._ram.put(record, worth)
+            kept = self._ram.put(record, worth)
+            results[record.name] = "stored" if kept else "refused"
+            if kept:
+                self.stats.add_stored(kind_of(record.name), "ram", len(record.payload))
         if self._disk is not None:
-            self._disk.write(rated)
+            results |= self._disk.write(rated)
+        for name, result in results.items():
+            self.stats.add_write(kind_of(name), result)
 
     def idle(self) -> None:
-        pass
+        """Notes uses on disk now and then, and lets go of files that another process has replaced."""
+        if self._disk is None or self._clock() < self._next_round:
+            return
+        self._next_round = self._clock() + _ROUND_SECONDS
+        with self._uses_lock:
+            uses, self._uses = self._uses, defaultdict(list)
+        if uses:
+            self._disk.touch(uses)
+        self._disk.refresh()

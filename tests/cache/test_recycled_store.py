@@ -11,7 +11,7 @@ from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_store import RecycledStore
 
-CONFIG = RecycledConfig(disk_bytes=32 << 20)
+CONFIG = RecycledConfig(disk_bytes=64 << 20)
 IDS = np.arange(16, dtype=np.int32)
 
 
