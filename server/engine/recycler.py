@@ -99,6 +99,10 @@ class Recycler:
         self._asked: dict[Generation, float] = {}  # deadlines
         self._paused_until = 0.0
 
+    def flush(self, timeout_seconds: float) -> bool:
+        """Waits until the store has what it was given; whether it has. For any thread."""
+        return self._store.flush(timeout_seconds)
+
     def close(self) -> None:
         """Waits for what workers are doing."""
         self._lookups.shutdown(cancel_futures=True)

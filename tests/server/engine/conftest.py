@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
+
+from .restarts import Restarts
 
 NUM_SPECIALS = 3
 """Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""
@@ -254,7 +257,9 @@ class World:
         runner = (
             ModelRunner(decoder, self.config) if device is None else LateRunner(decoder, self.config, device)
         )
+        self.runner = runner
         self.core = EngineCore(self.config, runner, tokenizer, "model", SilentObserver(), device)
+        self._device = device
         self.commands: deque[Callable[[], None]] = deque()
         if store is not None:
             self.core.recycle(store, RecycleCost(), runner, runner.num_layers, self.commands.append)
@@ -296,9 +301,9 @@ class World:
             if not self.core.has_work:
                 break
             while not self.step() and self.core.recycler is not None and time.monotonic() < deadline:
-                time.sleep(0.0002)
                 if not self.core.has_work:
                     break
+                self._pass_time()
         assert not self.core.has_work, "requests did not end"
         self.settle()
         pool = self.core.state.pool
@@ -321,7 +326,14 @@ class World:
             while self.commands:
                 self.commands.popleft()()
             self.core.step()
-            time.sleep(0.0002)
+            self._pass_time()
+
+    def _pass_time(self) -> None:
+        """While the engine can do nothing, workers and the device go on."""
+        time.sleep(0.0002)
+        if self._device is not None:
+            with torch.inference_mode():
+                self._device.step()
 
 
 @pytest.fixture
@@ -336,6 +348,13 @@ def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Cal
     for world in worlds:
         if world.core.recycler is not None:
             world.core.recycler.close()
+
+
+@pytest.fixture
+def restarts(tmp_path: Path) -> Iterator[Restarts]:
+    store = Restarts(tmp_path / "store")
+    yield store
+    store.close()
 
 
 @pytest.fixture
