@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,23 @@ class Restarts:
             self._store = None
 
     def flip_bits(self, payload: bytes) -> int:
-        """Flips one bit in each place of the file where `payload` lies; returns how many there were."""
+        """Flips one bit wherever `payload` lies in the store's files; returns in how many places."""
         self.close()
-        path = self.folder / "data.mdb"
-        data = bytearray(path.read_bytes())
-        count, at = 0, data.find(payload)
-        while at >= 0:
-            data[at] ^= 0x10
-            count += 1
-            at = data.find(payload, at + 1)
-        path.write_bytes(data)
+        count = 0
+        for path in self.folder.iterdir():
+            data = bytearray(path.read_bytes())
+            at = data.find(payload)
+            while at >= 0:
+                data[at] ^= 0x10
+                count += 1
+                at = data.find(payload, at + 1)
+            path.write_bytes(data)
         return count
+
+    def remove(self) -> None:
+        """Deletes the store."""
+        self.close()
+        shutil.rmtree(self.folder)
 
 
 class SlowStore(RecycledStore):

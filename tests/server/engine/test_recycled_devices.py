@@ -59,8 +59,7 @@ def device_answers(
         restoring.drain()
     assert world.core.recycler is not None
     assert world.core.recycler.restorer.ring.num_in_use == 0
-    restarts.close()
-    (restarts.folder / "data.mdb").unlink()
+    restarts.remove()
     return [o.tokens() for o in outcomes], counting
 
 
