@@ -66,8 +66,8 @@ class ChunkReader:
                 if offset == run_end and len(runs[-1][1]) + len(places) < _MAX_PLACES:
                     runs[-1][1].extend((memoryview(bytearray(PAGE_HEADER_BYTES)), *places))
                 else:
-                    # LMDB's binding touches each page of a value that it points to, one fault after the other:
-                    # the rest of the state, which mostly follows, is asked of the disk at once.
+                    # LMDB's binding touches each page of a value, one fault after the other: the rest of the
+                    # state, which mostly follows, is asked of the disk at once.
                     self._will_need(offset, entry.num_bytes - begin)
                     runs.append((offset, places))
                 run_end = offset + len(value) + PAGE_HEADER_BYTES

@@ -19,7 +19,7 @@ from torch import Tensor
 from scone.cache.errors import RowReadError
 from scone.kernels.checksum import crc32c_pages
 from scone.kernels.disk_read import SpanReader, open_span_reader
-from scone.kernels.gather import CHECK_BYTES, decode_rows
+from scone.kernels.gather import CHECK_BYTES, check_ids, decode_rows
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
@@ -51,6 +51,7 @@ class DirectReader:
         return self._spans.name
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        check_ids(row_ids, self._files.manifest.num_fgrams)
         wanted = (row_ids >= begin) & (row_ids < end)
         num_rows = int(np.count_nonzero(wanted))
         if num_rows == 0:

@@ -38,6 +38,7 @@ class RowReader(Protocol):
             The number of rows written.
 
         Raises:
+            IndexError: an id is beyond the table; nothing was written.
             RowReadError: a row could not be read or does not fit its checksum.
         """
 

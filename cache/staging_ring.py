@@ -178,11 +178,7 @@ class StagingRing:
             ValueError: the slot was not filled with these row ids.
         """
         filled_with = slot.row_ids[: slot.num_rows]
-        if (
-            slot.state is not SlotState.READY
-            or len(filled_with) != len(row_ids)
-            or not (filled_with == row_ids).all()
-        ):
+        if slot.state is not SlotState.READY or filled_with.tobytes() != row_ids.tobytes():
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE

@@ -75,6 +75,10 @@ class DictTable:
         self.waits: list[float] = []
 
     @property
+    def never_waits(self) -> bool:
+        return self.slow is not None and not self.slow
+
+    @property
     def is_held(self) -> bool:
         return self.held is None
 
@@ -93,8 +97,20 @@ class DictTable:
         ids = input_ids.tolist()
         return np.array([self.longest(ids[: i + 1]) for i in range(len(ids))], dtype=np.int64), None
 
-    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]:
-        return np.array([self.longest(tokens) for tokens in sequences], dtype=np.int64), None
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+    ) -> int:
+        num_wanted = 0
+        for i, (tokens, its_row_ids) in enumerate(zip(sequences, row_ids, strict=True)):
+            its_row_ids.append(self.longest(tokens))
+            if its_row_ids[-1] >= 0:
+                wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
+                num_wanted += 1
+        return num_wanted
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
         return np.where(row_ids % 2 == 0, "ram", "disk")
@@ -119,9 +135,10 @@ class DictTable:
                 self.num_read += 1
 
     def submit(
-        self, row_ids: np.ndarray[Any, Any], reason: str = "demand", *, apart: bool = False
+        self, row_ids: np.ndarray[Any, Any] | Sequence[int], reason: str = "demand", *, apart: bool = False
     ) -> DictRead | None:
-        awaited = [r if self.slow is None or r in self.slow else -1 for r in row_ids.tolist()]
+        ids = np.asarray(row_ids).tolist()
+        awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
         return DictRead(self, np.array(awaited)) if max(awaited) >= 0 else None
 
 
