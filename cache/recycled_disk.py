@@ -20,7 +20,7 @@ import lmdb
 
 from scone.cache.errors import CacheError
 from scone.cache.recycled_config import LEAST_DISK_BYTES
-from scone.cache.recycled_header import HEADER_BYTES, NUM_SHARDS, RecycledHeader
+from scone.cache.recycled_header import HEADER_BYTES, HEADER_NAME, LOCK_NAME, NUM_SHARDS, RecycledHeader
 from scone.cache.recycled_layout import PAGE_BYTES
 from scone.cache.recycled_record import Bytes, kind_of
 from scone.cache.recycled_shard import DAMAGE, Rated, RecycledShard, fits
@@ -313,6 +313,17 @@ class RecycledDisk:
             for file in self._path.glob("shard-*.lmdb*"):
                 if file.name.removesuffix("-lock") not in current:
                     file.unlink(missing_ok=True)
+
+
+def is_store(path: Path) -> bool:
+    """Whether there is a store of recycled states in folder `path`, of whatever version."""
+    return (path / HEADER_NAME).is_file()
+
+
+def remove_store(path: Path) -> None:
+    """Deletes the files of a store, of whatever version; other files in the folder stay."""
+    for file in (path / HEADER_NAME, path / LOCK_NAME, *path.glob("shard-*.lmdb*")):
+        file.unlink(missing_ok=True)
 
 
 def _place_of(name: bytes) -> int:

@@ -7,8 +7,10 @@ import random
 import pytest
 
 from scone.cache.recycle_cost import RETRY_AFTER, ReadSpeed, RecycleCost
+from scone.cache.recycled_stats import StateTier
 
 BLOCK_BYTES, BLOCK_TOKENS = 737_280, 16
+DISK_THEN_RAM: list[StateTier] = ["disk", *(["ram"] * 20)]
 
 
 def unmeasured() -> RecycleCost:
@@ -43,7 +45,7 @@ def test_blocks_in_memory_are_taken_up_to_a_slow_disk() -> None:
     cost = measured(0.100, 0.002)
     assert cost.num_to_fetch(["ram", "ram", "disk", "disk"], BLOCK_BYTES, BLOCK_TOKENS) == 2
     # One dear block is worth it for many cheap ones behind it.
-    assert cost.num_to_fetch(["disk", *["ram"] * 20], BLOCK_BYTES, BLOCK_TOKENS) == 21
+    assert cost.num_to_fetch(DISK_THEN_RAM, BLOCK_BYTES, BLOCK_TOKENS) == 21
     assert cost.num_to_fetch(["disk", "ram", "disk"], BLOCK_BYTES, BLOCK_TOKENS) == 0
 
 
