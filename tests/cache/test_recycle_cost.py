@@ -10,7 +10,7 @@ from scone.cache.recycle_cost import RETRY_AFTER, ReadSpeed, RecycleCost
 from scone.cache.recycled_stats import StateTier
 
 BLOCK_BYTES, BLOCK_TOKENS = 737_280, 16
-DISK_THEN_RAM: list[StateTier] = ["disk", *(["ram"] * 20)]
+DISK_THEN_RAM: tuple[StateTier, ...] = ("disk", *("ram",) * 20)
 
 
 def unmeasured() -> RecycleCost:
