@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.queued_rows import RowQueue
+from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
 from scone.kernels.disk_read import SpanReader, open_span_reader
-from scone.kernels.gather import CHECK_BYTES, decode_rows
+from scone.kernels.gather import CHECK_BYTES, check_ids, decode_rows
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
@@ -51,6 +53,7 @@ class DirectReader:
         return self._spans.name
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        check_ids(row_ids, self._files.manifest.num_fgrams)
         wanted = (row_ids >= begin) & (row_ids < end)
         num_rows = int(np.count_nonzero(wanted))
         if num_rows == 0:
@@ -75,6 +78,9 @@ class DirectReader:
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Nothing: a read asks for all its rows at once."""
+
+    def open_queue(self, stats: TableStats) -> RowQueue | None:
+        return RowQueue.open(self._files, self._fd, stats)
 
     def close(self) -> None:
         """Closes the file; no read may be under way."""

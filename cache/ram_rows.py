@@ -48,7 +48,15 @@ class RamRows:
         except OSError as error:
             _logger.info("no huge pages for the table's RAM tier (%s): using ordinary ones", error)
         self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
-        self._memory = RowMemory(self._data, _FIRST_BLOCK, num_rows, num_rows, files.manifest.row_codec, None)
+        self._memory = RowMemory(
+            self._data,
+            _FIRST_BLOCK,
+            num_rows,
+            num_rows,
+            files.manifest.row_codec,
+            None,
+            num_ids=files.manifest.num_fgrams,
+        )
         self._stopped = threading.Event()
         self._loader = threading.Thread(target=self._load, name="scone-ram-tier", daemon=True)
         self._loader.start()

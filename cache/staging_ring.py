@@ -116,8 +116,10 @@ class StagingRing:
             indices: (m,) int64, m <= 2 * max_rows, copied along.
             read: writes the rows of these ids to a host tensor (n, dim); what it raises is raised.
         """
-        slot = next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
-        if slot is None:
+        for slot in self._slots:
+            if slot.state is SlotState.FREE:
+                break
+        else:
             return None  # I6
         self._device.synchronize(slot.copied)  # I1
         num_rows = slot.num_rows = len(row_ids)
@@ -144,11 +146,7 @@ class StagingRing:
             ValueError: the slot was not filled with these row ids.
         """
         filled_with = slot.row_ids[: slot.num_rows]
-        if (
-            slot.state is not SlotState.READY
-            or len(filled_with) != len(row_ids)
-            or not (filled_with == row_ids).all()
-        ):
+        if slot.state is not SlotState.READY or filled_with.tobytes() != row_ids.tobytes():
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE

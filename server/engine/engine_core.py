@@ -25,7 +25,7 @@ from scone.server.engine.detokenizer import Detokenizer, TokenBytes
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
 from scone.server.engine.head import sample_tokens, score_prompt
-from scone.server.engine.input_rows import InputRows
+from scone.server.engine.input_rows import InputRows, SequenceRows
 from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import Runner
 from scone.server.engine.observer import EngineObserver, step_stats
@@ -181,11 +181,11 @@ class EngineCore:
 
     def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
-        rows = [self._generations[chunk.seq].rows for chunk in chunks]
+        rows = self._rows_of(chunks)
         if any([r is not None and r.reads for r in rows]):
             chunks = self._end_unreadable(chunks, self._read_error)
+            rows = self._rows_of(chunks)
         while chunks:
-            rows = [self._generations[chunk.seq].rows for chunk in chunks]
             embeddings = self._runner.embed(chunks)
             try:
                 self.overlay.lay(rows, chunks, embeddings)
@@ -194,8 +194,11 @@ class EngineCore:
                 readable = self._end_unreadable(chunks, self._gather_error)
                 if len(readable) == len(chunks):
                     raise RowReadError(f"rows cannot be read together: {error}") from None
-                chunks = readable
+                chunks, rows = readable, self._rows_of(readable)
         return [], torch.empty(0)
+
+    def _rows_of(self, chunks: Sequence[Chunk]) -> list[SequenceRows | None]:
+        return [self._generations[chunk.seq].rows for chunk in chunks]
 
     def _end_unreadable(
         self, chunks: list[Chunk], error_of: Callable[[Generation, Chunk], RowReadError | None]
@@ -213,7 +216,7 @@ class EngineCore:
 
     def _gather_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
         rows = generation.rows
-        return None if rows is None else rows.source.gather_error((rows, chunk.start, chunk.num_tokens))
+        return None if rows is None else rows.source.gather_error(rows, chunk)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -308,9 +311,12 @@ class EngineCore:
                 self._deliver(generation, delta)
 
     def _extend_rows(self, generations: Sequence[Generation]) -> None:
-        """Matches the newest tokens and asks for their rows: one match and one read per table."""
+        """Matches the newest tokens and asks for their rows: one match and one read per table.
+
+        Rows in memory need not be asked for: they are matched when a step lays them.
+        """
         for source in {g.run.input_rows for g in generations}:
-            if source is not None:
+            if source is not None and source.reads_ahead:
                 group = [g for g in generations if g.run.input_rows is source]
                 try:
                     self._extend_group(source, group)

@@ -318,7 +318,7 @@ def test_several_threads_read_at_once(tables: dict[tuple[str, str], Path], confi
         for thread in threads:
             thread.join()
         assert not wrong
-        assert table.stats.reads["disk"] == 121
+        assert table.stats.by_tier["disk"].num_reads == 121
 
 
 BUDGET = """

@@ -67,6 +67,10 @@ class DictTable:
         self.waits: list[float] = []
 
     @property
+    def never_waits(self) -> bool:
+        return self.slow is not None and not self.slow
+
+    @property
     def is_held(self) -> bool:
         return self.held is None
 
@@ -85,8 +89,20 @@ class DictTable:
         ids = input_ids.tolist()
         return np.array([self.longest(ids[: i + 1]) for i in range(len(ids))], dtype=np.int64), None
 
-    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]:
-        return np.array([self.longest(tokens) for tokens in sequences], dtype=np.int64), None
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+    ) -> int:
+        num_wanted = 0
+        for i, (tokens, its_row_ids) in enumerate(zip(sequences, row_ids, strict=True)):
+            its_row_ids.append(self.longest(tokens))
+            if its_row_ids[-1] >= 0:
+                wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
+                num_wanted += 1
+        return num_wanted
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
         return np.where(row_ids % 2 == 0, "ram", "disk")
@@ -111,9 +127,10 @@ class DictTable:
                 self.num_read += 1
 
     def submit(
-        self, row_ids: np.ndarray[Any, Any], reason: str = "demand", *, apart: bool = False
+        self, row_ids: np.ndarray[Any, Any] | Sequence[int], *, apart: bool = False
     ) -> DictRead | None:
-        awaited = [r if self.slow is None or r in self.slow else -1 for r in row_ids.tolist()]
+        ids = np.asarray(row_ids).tolist()
+        awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
         return DictRead(self, np.array(awaited)) if max(awaited) >= 0 else None
 
 
@@ -121,22 +138,22 @@ class DictRead:
     def __init__(self, table: DictTable, row_ids: np.ndarray[Any, Any]) -> None:
         self.table, self.row_ids = table, row_ids
 
-    def ready(self) -> bool:
+    def ready(self, begin: int, end: int) -> bool:
         held = self.table.held
-        return held is not None and held.isdisjoint(self.row_ids.tolist())
+        return held is not None and held.isdisjoint(self.row_ids[begin:end].tolist())
 
-    def wait(self, timeout: float) -> bool:
+    def wait(self, begin: int, end: int, timeout: float) -> bool:
         self.table.waits.append(timeout)
-        return self.ready()
+        return self.ready(begin, end)
 
     def error(self, begin: int, end: int) -> RowReadError | None:
         broken = self.table.broken & set(self.row_ids[begin:end].tolist())
         return RowReadError(f"row {min(broken)} cannot be read") if broken else None
 
     def copy_into(self, picks: np.ndarray[Any, Any], out: Tensor) -> None:
-        assert self.ready(), "the engine would block on a read that is not ready"
         for i, pick in enumerate(picks.tolist()):
             if pick >= 0:
+                assert self.ready(pick, pick + 1), "the engine would block on a read that is not ready"
                 assert self.row_ids[pick] >= 0
                 out[i] = self.table.row(self.row_ids[pick])
                 self.table.num_read += 1
