@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.queued_rows import RowQueue
+from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
 from scone.kernels.disk_read import SpanReader, open_span_reader
 from scone.kernels.gather import CHECK_BYTES, check_ids, decode_rows
@@ -76,6 +78,9 @@ class DirectReader:
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Nothing: a read asks for all its rows at once."""
+
+    def open_queue(self, stats: TableStats) -> RowQueue | None:
+        return RowQueue.open(self._files, self._fd, stats)
 
     def close(self) -> None:
         """Closes the file; no read may be under way."""

@@ -21,6 +21,7 @@ from scone.cache.device import CpuDevice, Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
+from scone.cache.queued_rows import RowQueue
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.stats import TableStats
@@ -310,6 +311,10 @@ class FGramTable:
     def will_need(self, row_ids: NDArray[np.int64]) -> None:
         """Asks the disk for rows (n,) that are about to be read one after the other."""
         self._disk.will_need(row_ids, self._ram.num_loaded if self._ram else 0, self._num_rows)
+
+    def open_queue(self) -> RowQueue | None:
+        """For one thread: a few rows at a time without a thread between; None where there is no way."""
+        return self._disk.open_queue(self.stats)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""

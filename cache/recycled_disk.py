@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ import lmdb
 
 from scone.cache.errors import CacheError
 from scone.cache.recycled_config import LEAST_DISK_BYTES
-from scone.cache.recycled_header import HEADER_BYTES, NUM_SHARDS, RecycledHeader
+from scone.cache.recycled_header import HEADER_BYTES, HEADER_NAME, LOCK_NAME, NUM_SHARDS, RecycledHeader
 from scone.cache.recycled_layout import PAGE_BYTES
 from scone.cache.recycled_record import Bytes, kind_of
 from scone.cache.recycled_shard import DAMAGE, Rated, RecycledShard, fits
@@ -75,7 +75,11 @@ class RecycledDisk:
     @property
     def file_bytes(self) -> int:
         """What the store's files take."""
-        return sum(file.stat().st_size for file in self._path.iterdir() if file.is_file())
+        num_bytes = 0
+        for file in self._path.iterdir():
+            with suppress(FileNotFoundError):  # replaced meanwhile
+                num_bytes += file.stat().st_size
+        return num_bytes
 
     def held(self, names: Sequence[bytes]) -> list[bool]:
         """Which are there; reads entries, no payload."""
@@ -139,10 +143,10 @@ class RecycledDisk:
         usage = self.usage()
         if kind is not None:
             for place in range(NUM_SHARDS):
-                self._run(place, lambda s: s.delete(n for n in s.names() if kind_of(n) == kind), 0)
+                self._run(place, partial(RecycledShard.clear, kind=kind), 0)
             return usage[kind][0]
         for place in range(NUM_SHARDS):
-            self._replace(place)
+            self._replace(place, self._header.generations[place])
         return sum(entries for entries, _ in usage.values())
 
     def set_budget(self, disk_bytes: int) -> None:
@@ -164,7 +168,7 @@ class RecycledDisk:
     def refresh(self) -> None:
         """Changes over to files that other processes have put in place, so that former ones can go."""
         for place in range(NUM_SHARDS):
-            self._run(place, lambda _: None, None)
+            self._run(place, RecycledShard.forget_killed_readers, None)
 
     def close(self) -> None:
         for place in self._places:
@@ -192,7 +196,7 @@ class RecycledDisk:
         if failures >= _MAX_FAILURES:
             logger.warning("shard %d of %s takes no more writes: it begins afresh", place, self._path)
             self._places[place].num_failures = 0
-            self._replace(place)
+            self._replace(place, self._places[place].generation)
         return results
 
     # Files
@@ -218,7 +222,7 @@ class RecycledDisk:
         except DAMAGE as error:
             logger.error("shard %d of %s is damaged and begins afresh: %s", place, self._path, error)
             self._stats.add_damaged_file()
-            self._replace(place)
+            self._replace(place, self._places[place].generation)
         except (OSError, lmdb.Error) as error:
             if str(error) != self._last_error:  # a full disk fails every write
                 logger.warning("recycled states in %s: %s", self._path, error)
@@ -254,37 +258,45 @@ class RecycledDisk:
                 place.shard.close()
                 place.shard = None
             path = self._file(index, generation)
-            shard = RecycledShard(path, share)
-            if self._header.generations[index] != generation:  # replaced meanwhile: that file is of no use
+            place.generation = generation
+            try:
+                shard = RecycledShard(path, share)
+            except FileNotFoundError:
+                if self._header.generations[index] == generation:
+                    raise
+                return  # replaced while it was being opened
+            if self._header.generations[index] == generation:
+                place.shard = shard
+            else:  # replaced, and perhaps made again by opening it
                 shard.close()
                 _unlink(path)
-                return
-            place.shard, place.generation = shard, generation
 
-    def _replace(self, index: int, fill: Callable[[Path], None] | None = None) -> None:
-        """Puts a file of the next generation in place: empty, or as `fill` makes it."""
+    def _replace(self, index: int, generation: int, fill: Callable[[Path], None] | None = None) -> None:
+        """Puts a file of the next generation in place of this one: empty, or as `fill` makes it.
+
+        Nothing is done if another process has replaced it already.
+        """
         with self._header.locked():
-            generation = self._header.generations[index]
-            path = self._file(index, generation + 1)
-            _unlink(path)  # of somebody who was killed at this point
-            if fill is not None:
-                fill(path)
-            self._header.set_generation(index, generation + 1)
-            _unlink(self._file(index, generation))
+            if self._header.generations[index] == generation:
+                path = self._file(index, generation + 1)
+                _unlink(path)  # of somebody who was killed at this point
+                if fill is not None:
+                    fill(path)
+                self._header.set_generation(index, generation + 1)
+                _unlink(self._file(index, generation))
         self._adopt(index)
 
     def _shrink(self, index: int, allowed_bytes: int) -> None:
         """Brings the file within its share, `allowed_bytes` being what all files may take meanwhile."""
         evicted: list[bytes] = []
         with self._current(index) as shard:
+            generation = self._places[index].generation
             trimmed = shard.trim(evicted)
             copy_bytes = shard.used_bytes()
         for name in evicted:
             self._stats.add_eviction(kind_of(name), "disk")
-        if trimmed and self.file_bytes + copy_bytes <= allowed_bytes:
-            self._replace(index, lambda path: self._copy(index, path))
-        else:
-            self._replace(index)
+        fits_beside = trimmed and self.file_bytes + copy_bytes <= allowed_bytes
+        self._replace(index, generation, partial(self._copy, index) if fits_beside else None)
 
     def _copy(self, index: int, path: Path) -> None:
         try:
@@ -301,6 +313,17 @@ class RecycledDisk:
             for file in self._path.glob("shard-*.lmdb*"):
                 if file.name.removesuffix("-lock") not in current:
                     file.unlink(missing_ok=True)
+
+
+def is_store(path: Path) -> bool:
+    """Whether there is a store of recycled states in folder `path`, of whatever version."""
+    return (path / HEADER_NAME).is_file()
+
+
+def remove_store(path: Path) -> None:
+    """Deletes the files of a store, of whatever version; other files in the folder stay."""
+    for file in (path / HEADER_NAME, path / LOCK_NAME, *path.glob("shard-*.lmdb*")):
+        file.unlink(missing_ok=True)
 
 
 def _place_of(name: bytes) -> int:

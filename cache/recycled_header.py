@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scone.cache.errors import CacheError
+from scone.cache.errors import CacheError, StoreVersionError
 
 FORMAT_VERSION = 1
 NUM_SHARDS = 8
@@ -81,7 +81,7 @@ def _map(path: Path) -> mmap.mmap:
         if magic != _MAGIC or path.stat().st_size != HEADER_BYTES:
             raise CacheError(f"{path} is not the header of a store of recycled states: name another folder")
         if (version, num_shards) != (FORMAT_VERSION, NUM_SHARDS):
-            raise CacheError(
+            raise StoreVersionError(
                 f"the recycled states in {path.parent} have format version {version}, this program has"
                 f" {FORMAT_VERSION}: remove them with `scone recycled clear`, or name another folder"
             )

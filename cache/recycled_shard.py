@@ -26,7 +26,7 @@ from scone.cache.recycled_layout import (
     order_key,
     score_in_order_key,
 )
-from scone.cache.recycled_record import Bytes, Record, kind_of
+from scone.cache.recycled_record import Bytes, Record, kind_of, state_key
 from scone.cache.recycled_stats import KINDS, Kind
 from scone.cache.state_worth import Worth
 
@@ -72,7 +72,7 @@ class RecycledShard:
         self._env = lmdb.open(
             str(path),
             subdir=False,
-            map_size=map_bytes,
+            map_size=_map_size(path, map_bytes),
             metasync=False,
             readahead=False,
             max_readers=MAX_READERS,
@@ -82,7 +82,7 @@ class RecycledShard:
         try:
             if path.stat().st_size < (self._env.info()["last_pgno"] + 1) * PAGE_BYTES:
                 raise lmdb.CorruptedError(f"{path} was cut short")
-            self._env.reader_check()  # frees the slots of processes that were killed
+            self.forget_killed_readers()
             self._entries = self._env.open_db(b"entries")
             self._order = self._env.open_db(b"order")
             self._chunks = self._env.open_db(b"chunks")
@@ -99,6 +99,10 @@ class RecycledShard:
     @property
     def limit_pages(self) -> int:
         return self.map_bytes // PAGE_BYTES
+
+    def forget_killed_readers(self) -> None:
+        """A process that was killed while it read would keep pages from being used again."""
+        self._env.reader_check()
 
     def held(self, names: Iterable[bytes]) -> list[bool]:
         with self._env.begin(buffers=True) as txn:
@@ -171,9 +175,11 @@ class RecycledShard:
                 num_deleted += sum(self._delete(txn, name) for name in part)
         return num_deleted
 
-    def names(self) -> list[bytes]:
+    def clear(self, kind: Kind) -> int:
+        """Deletes all states of a kind; returns how many."""
         with self._env.begin() as txn:
-            return list(txn.cursor(self._entries).iternext(values=False))
+            names = list(txn.cursor(self._entries).iternext(values=False))
+        return self.delete(name for name in names if name.startswith(state_key(kind, b"")))
 
     def trim(self, evicted: list[bytes]) -> bool:
         """Evicts what is beyond the budget, if that was lowered; the file does not become smaller by this."""
@@ -194,8 +200,8 @@ class RecycledShard:
         self._env.copy(str(path), compact=True)
 
     def resize(self, map_bytes: int) -> None:
-        """Lets the file grow to another size; it does not become smaller by this."""
-        self._env.set_mapsize(map_bytes)
+        """Lets the states take another size; by this, no file becomes smaller."""
+        self._env.set_mapsize(_map_size(self.path, map_bytes))
         self.map_bytes = map_bytes
         self._reader.remapped()
 
@@ -310,3 +316,9 @@ class RecycledShard:
             stat = txn.stat(database)
             pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         return int(pages)
+
+
+def _map_size(path: Path, map_bytes: int) -> int:
+    """What LMDB may map: the budget; of a larger file, soon replaced, also what evicting from it takes."""
+    file_bytes = path.stat().st_size if path.exists() else 0
+    return map_bytes if file_bytes <= map_bytes else file_bytes + LEAST_SLACK_PAGES * PAGE_BYTES

@@ -7,7 +7,9 @@ from collections import Counter
 from typing import Literal
 
 Kind = Literal["blocks", "results", "layer_k"]
+StateTier = Literal["ram", "disk"]
 KINDS: tuple[Kind, ...] = ("blocks", "results", "layer_k")
+TIERS: tuple[StateTier, ...] = ("ram", "disk")
 
 
 class RecycledStats:

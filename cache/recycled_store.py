@@ -13,17 +13,18 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycle_cost import ReadSpeed
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_disk import RecycledDisk
 from scone.cache.recycled_ram import RecycledRam
 from scone.cache.recycled_record import Payload, Record, id_bytes, kind_of, state_key
-from scone.cache.recycled_stats import KINDS, Kind, RecycledStats
+from scone.cache.recycled_stats import KINDS, TIERS, Kind, RecycledStats, StateTier
 from scone.cache.recycled_writer import Job, RecycledWriter
 from scone.cache.state_worth import Worth
 
@@ -31,8 +32,6 @@ _ROUND_SECONDS = 1.0
 _MAX_USES = 10_000
 
 TokenIds = NDArray[np.int32] | bytes
-StateTier = Literal["ram", "disk"]
-TIERS: tuple[StateTier, ...] = ("ram", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,9 @@ class TierUsage:
 
 class RecycledStore:
     """Content-addressed states. Thread-safe.
+
+    Attributes:
+        read_speeds: what reads took so far, by tier; `RecycleCost` decides by them.
 
     Example:
         with RecycledStore.open(None, RecycledConfig(), MemoryBudget(1 << 20)) as store:
@@ -65,6 +67,7 @@ class RecycledStore:
     ) -> None:
         """Use `open`."""
         self.stats = stats
+        self.read_speeds: dict[StateTier, ReadSpeed] = {tier: ReadSpeed() for tier in TIERS}
         self._clock = clock
         self._memory = memory
         self._disk = disk
@@ -130,7 +133,7 @@ class RecycledStore:
                 fault = "size"
             if fault is None:
                 payload = self._hand_out(record, worth, out)
-                self.stats.add_hit(kind, tier, payload.nbytes, time.perf_counter() - began)
+                self._note_hit(kind, tier, payload.nbytes, time.perf_counter() - began)
                 return payload
             self.stats.add_damaged(kind, fault)
             if fault != "checksum":
@@ -138,6 +141,11 @@ class RecycledStore:
             self._discard(tier, name)
         self.stats.add_miss(kind)
         return None
+
+    def _note_hit(self, kind: Kind, tier: StateTier, num_bytes: int, seconds: float) -> None:
+        self.stats.add_hit(kind, tier, num_bytes, seconds)
+        with self._uses_lock:
+            self.read_speeds[tier].add(num_bytes, seconds)
 
     def _look_up(
         self, tier: StateTier, name: bytes, out: NDArray[np.uint8] | None

@@ -42,8 +42,8 @@ class TableStats:
         num_matched: (MAX_N + 1,) positions matched, by matched length (1: no f-gram). The matcher counts
             itself: done in Python, counting a step's matches costs more than finding them.
         by_tier: what was read from each tier.
-        prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
-            (speculation beyond the budget), `failed`.
+        prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`,
+            `failed`.
         rows_requested, rows_unique: rows asked of the prefetcher before and after removing repetitions.
     """
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from scone.cache.stats import READ_SECONDS_BUCKETS
 from scone.server.served_table import ServedTable
 
-PREFETCH_RESULTS = ("inline", "read", "cancelled", "dropped", "failed")
+PREFETCH_RESULTS = ("inline", "read", "cancelled", "failed")
 RESIDENT_INTERVAL_SECONDS = 15.0
 """The kernel walks page tables to answer; not at every scrape."""
 

@@ -1,15 +1,11 @@
 // Many reads of one file at once: io_uring at a constant queue depth, or a pool of threads that call pread.
 //
-// io_uring is used through its system calls, since liburing is one more thing to build; containers often forbid
-// it (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
+// Containers often forbid io_uring (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
 // so that a late completion can never land in memory that has been reused. What has arrived is checksummed while
 // the rest is still under way: the processor has nothing else to do.
-#include <linux/io_uring.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +22,7 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "uring.hpp"
 
 namespace nb = nanobind;
 
@@ -55,117 +52,35 @@ static void checksum(const Span& span) {
         span.sums[page] = crc32c(0, span.data + at, std::min(kPageBytes, span.size - at));
 }
 
-class Uring {
-  public:
-    explicit Uring(unsigned depth) {
-        io_uring_params params{};
-        fd_ = int(syscall(__NR_io_uring_setup, depth, &params));
-        if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "io_uring_setup");
-        depth_ = std::min(depth, params.sq_entries);
-        size_t sq_bytes = params.sq_off.array + params.sq_entries * sizeof(uint32_t);
-        size_t cq_bytes = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
-        sqe_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
-        // since Linux 5.4 both rings share one mapping
-        ring_bytes_ = std::max(sq_bytes, cq_bytes);
-        ring_ = map(ring_bytes_, IORING_OFF_SQ_RING);
-        sqes_ = reinterpret_cast<io_uring_sqe*>(map(sqe_bytes_, IORING_OFF_SQES));
-        if (ring_ == MAP_FAILED || sqes_ == MAP_FAILED || !(params.features & IORING_FEAT_SINGLE_MMAP)) {
-            release();
-            throw std::system_error(ENOSYS, std::generic_category(), "io_uring rings");
-        }
-        sq_tail_ = at<uint32_t>(params.sq_off.tail);
-        sq_mask_ = *at<uint32_t>(params.sq_off.ring_mask);
-        sq_array_ = at<uint32_t>(params.sq_off.array);
-        cq_head_ = at<uint32_t>(params.cq_off.head);
-        cq_tail_ = at<uint32_t>(params.cq_off.tail);
-        cq_mask_ = *at<uint32_t>(params.cq_off.ring_mask);
-        cqes_ = at<io_uring_cqe>(params.cq_off.cqes);
-    }
-    ~Uring() { release(); }
-    Uring(const Uring&) = delete;
-    Uring& operator=(const Uring&) = delete;
-
-    // Reads all spans, keeping `depth` of them under way. On an error no more are begun, but all are awaited.
-    int64_t read(int file, const std::vector<Span>& spans) {
-        size_t next = 0, under_way = 0;
-        int64_t result = kDone;
-        unsigned unsubmitted = 0;
-        std::vector<size_t> arrived;
-        while (under_way > 0 || (result == kDone && next < spans.size())) {
-            while (result == kDone && under_way < depth_ && next < spans.size()) {
-                push(file, spans[next], next);
-                next++;
-                under_way++;
-                unsubmitted++;
-            }
-            // the queue is filled up again before what has arrived is looked at
-            unsigned wait_for = arrived.empty() ? 1 : 0;
-            long entered =
-                syscall(__NR_io_uring_enter, fd_, unsubmitted, wait_for, IORING_ENTER_GETEVENTS, nullptr, 0);
-            if (entered < 0) {
-                if (errno == EINTR || errno == EAGAIN || errno == EBUSY) continue;
-                std::abort();  // reads may still be under way into memory that we do not own
-            }
-            unsubmitted -= unsigned(entered);
-            for (size_t i : arrived) checksum(spans[i]);
-            arrived.clear();
-            uint32_t head = *cq_head_;
-            for (uint32_t tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE); head != tail; head++, under_way--) {
-                const io_uring_cqe& entry = cqes_[head & cq_mask_];
-                if (result != kDone) continue;
-                if (entry.res < 0) {
-                    result = -entry.res;
-                } else if (uint32_t(entry.res) != spans[entry.user_data].size) {
-                    result = kShortRead;
-                } else {
-                    arrived.push_back(entry.user_data);
-                }
-            }
-            __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
-        }
+// Reads all spans, keeping as many under way as the ring takes. On an error no more are begun, but all are awaited.
+static int64_t read_with_ring(Uring& ring, int file, const std::vector<Span>& spans) {
+    size_t next = 0, under_way = 0;
+    int64_t result = kDone;
+    std::vector<size_t> arrived;
+    while (under_way > 0 || (result == kDone && next < spans.size())) {
+        for (; result == kDone && under_way < ring.depth() && next < spans.size(); next++, under_way++)
+            ring.push(file, spans[next].offset, spans[next].size, spans[next].data, next);
+        // the queue is filled up again before what has arrived is looked at
+        int fault = ring.enter(arrived.empty() ? 1 : 0);
+        if (fault == EINTR || fault == EAGAIN || fault == EBUSY) continue;
+        if (fault != 0) std::abort();  // reads may still be under way into memory that we do not own
         for (size_t i : arrived) checksum(spans[i]);
-        return result;
+        arrived.clear();
+        ring.reap([&](uint64_t i, int32_t got) {
+            under_way--;
+            if (result != kDone) return;
+            if (got < 0) {
+                result = -got;
+            } else if (uint32_t(got) != spans[i].size) {
+                result = kShortRead;
+            } else {
+                arrived.push_back(i);
+            }
+        });
     }
-
-  private:
-    template <class T>
-    T* at(uint32_t offset) const {
-        return reinterpret_cast<T*>(static_cast<uint8_t*>(ring_) + offset);
-    }
-
-    void* map(size_t size, uint64_t offset) const {
-        return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, off_t(offset));
-    }
-
-    void push(int file, const Span& span, size_t id) {
-        uint32_t tail = *sq_tail_, slot = tail & sq_mask_;
-        io_uring_sqe& entry = sqes_[slot];
-        std::memset(&entry, 0, sizeof entry);
-        entry.opcode = IORING_OP_READ;
-        entry.fd = file;
-        entry.off = span.offset;
-        entry.addr = reinterpret_cast<uint64_t>(span.data);
-        entry.len = span.size;
-        entry.user_data = id;
-        sq_array_[slot] = slot;
-        __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
-    }
-
-    void release() {
-        if (sqes_ != nullptr && sqes_ != MAP_FAILED) munmap(sqes_, sqe_bytes_);
-        if (ring_ != nullptr && ring_ != MAP_FAILED) munmap(ring_, ring_bytes_);
-        if (fd_ >= 0) close(fd_);
-    }
-
-    int fd_ = -1;
-    unsigned depth_ = 0;
-    void* ring_ = nullptr;
-    io_uring_sqe* sqes_ = nullptr;
-    size_t ring_bytes_ = 0, sqe_bytes_ = 0;
-    uint32_t *sq_tail_ = nullptr, *sq_array_ = nullptr, *cq_head_ = nullptr, *cq_tail_ = nullptr;
-    uint32_t sq_mask_ = 0, cq_mask_ = 0;
-    io_uring_cqe* cqes_ = nullptr;
-};
+    for (size_t i : arrived) checksum(spans[i]);
+    return result;
+}
 
 static int64_t pread_whole(int file, const Span& span) {
     for (;;) {
@@ -225,7 +140,7 @@ class SpanReader {
         if (n == 1) return pread_whole(file_, spans[0]);
         std::unique_ptr<Uring> ring = use_uring_ ? take_ring() : nullptr;
         if (ring == nullptr) return read_with_threads(file_, spans, depth_);
-        int64_t result = ring->read(file_, spans);
+        int64_t result = read_with_ring(*ring, file_, spans);
         std::lock_guard<std::mutex> lock(mutex_);
         free_rings_.push_back(std::move(ring));
         return result;

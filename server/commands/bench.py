@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scone.cache.continuation_benchmark import benchmark_continuations
 from scone.cache.lookup_benchmark import LookupBenchmark
-from scone.cache.lookup_workload import hold_out
+from scone.cache.lookup_workload import hold_out, write_table
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
@@ -25,7 +26,13 @@ from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 
 def run(settings: Resolved) -> int:
-    measure = {"lookup": _lookup, "count": _count, "prefill": _prefill, "decode": _decode}
+    measure = {
+        "lookup": _lookup,
+        "continuations": _continuations,
+        "count": _count,
+        "prefill": _prefill,
+        "decode": _decode,
+    }
     print(json.dumps(measure[settings.what](settings)))
     return 0
 
@@ -35,14 +42,27 @@ def _count(settings: Resolved) -> dict[str, Any]:
     return benchmark_count(corpus, max_n=4, top=settings.rows, memory_bytes=None)
 
 
-def _lookup(settings: Resolved) -> dict[str, Any]:
+def _texts(settings: Resolved) -> tuple[TokenCorpus, TokenCorpus]:
+    """The corpus, and text that was held out of it."""
     if settings.corpus is None:
-        made_up = made_up_corpus(settings.corpus_tokens)
-        corpus, heldout = hold_out(made_up, settings.tokens * settings.repeats)
-    elif settings.heldout is None:
-        corpus, heldout = hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
-    else:
-        corpus, heldout = TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+        return hold_out(made_up_corpus(settings.corpus_tokens), settings.tokens * settings.repeats)
+    if settings.heldout is None:
+        return hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
+    return TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+
+
+def _continuations(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
+    with _work_folder(settings) as work:
+        table, _ = write_table(
+            work, corpus, num_rows=settings.rows, min_count=settings.min_count, dim=settings.dim
+        )
+        found = benchmark_continuations(table, heldout, num_tokens=settings.tokens * settings.repeats)
+    return _described("continuations", settings) | found
+
+
+def _lookup(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
     with _work_folder(settings) as work:
         return LookupBenchmark(
             work=work,
@@ -119,7 +139,7 @@ COMMAND = Command(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "count", "prefill", "decode"),
+            choices=("lookup", "continuations", "count", "prefill", "decode"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),

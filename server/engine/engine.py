@@ -81,7 +81,9 @@ class Engine:
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         if recycled is not None:
             assert isinstance(runner, ModelRunner)
-            self._core.recycle(recycled, RecycleCost(), runner, runner.num_layers, self._post)
+            self._core.recycle(
+                recycled, RecycleCost(recycled.read_speeds), runner, runner.num_layers, self._post
+            )
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)

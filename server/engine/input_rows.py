@@ -32,12 +32,12 @@ CHUNK_TOKENS = 256
 
 
 class PendingRows(Protocol):
-    """Rows that a worker reads; see `cache.prefetcher.PendingRows`."""
+    """Rows under way; see `cache.prefetcher.PendingRows` and `cache.queued_rows.QueuedRows`."""
 
     @property
     def row_ids(self) -> NDArray[np.int64]: ...
-    def ready(self) -> bool: ...
-    def wait(self, timeout: float) -> bool: ...
+    def ready(self, begin: int, end: int) -> bool: ...
+    def wait(self, begin: int, end: int, timeout: float) -> bool: ...
     def error(self, begin: int, end: int) -> RowReadError | None: ...
     def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None: ...
     def cancel(self, begin: int, end: int) -> None: ...
@@ -47,7 +47,7 @@ class RowSource(Protocol):
     """Reads rows in the background."""
 
     def submit(
-        self, row_ids: NDArray[np.int64] | Sequence[int], reason: str = "demand", *, apart: bool = False
+        self, row_ids: NDArray[np.int64] | Sequence[int], *, apart: bool = False
     ) -> PendingRows | None: ...
 
 
@@ -77,18 +77,28 @@ class Table(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Inputs [start, end) of one sequence: rows [first, first + end - start) of what a worker reads."""
+    """Inputs [start, end) of one sequence: rows [first, last) of what is read."""
 
     start: int
     end: int
     pending: PendingRows
     first: int
 
+    @property
+    def last(self) -> int:
+        return self.first + self.end - self.start
+
+    def ready(self) -> bool:
+        return self.pending.ready(self.first, self.last)
+
+    def wait(self, seconds: float) -> None:
+        self.pending.wait(self.first, self.last, seconds)
+
     def error(self) -> RowReadError | None:
-        return self.pending.error(self.first, self.first + self.end - self.start)
+        return self.pending.error(self.first, self.last)
 
     def cancel(self) -> None:
-        self.pending.cancel(self.first, self.first + self.end - self.start)
+        self.pending.cancel(self.first, self.last)
 
 
 @dataclass(eq=False, slots=True)
@@ -112,7 +122,7 @@ class SequenceRows:
         if self.staged_from is None:
             return sys.maxsize, sys.maxsize
         for read in self.reads:
-            if not read.pending.ready():
+            if not read.ready():
                 return self.staged_from, read.start
         return self.staged_from, sys.maxsize
 
@@ -120,7 +130,7 @@ class SequenceRows:
         """Waits for the rows under way, at most so long."""
         deadline = time.monotonic() + seconds
         for read in self.reads:
-            read.pending.wait(max(0.0, deadline - time.monotonic()))
+            read.wait(max(0.0, deadline - time.monotonic()))
 
     def error(self, start: int, end: int) -> RowReadError | None:
         """Why the rows of some of inputs [start, end) could not be read ahead, if so."""

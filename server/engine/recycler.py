@@ -207,11 +207,9 @@ class Recycler:
         seq = generation.seq
         seq.num_stored_blocks = 0
         if found.tiers:
-            num_tokens = len(found.tiers) * self._state.pool.block_size
-            num_bytes = len(found.tiers) * self._memory.block_bytes
-            if self._cost.pays("blocks", num_tokens, num_bytes, found.tiers):
-                num_cached = len(scheduler.cached_blocks(self._state, seq))
-                seq.num_stored_blocks = num_cached + len(found.tiers)
+            block_size = self._state.pool.block_size
+            num_fetched = self._cost.num_to_fetch(found.tiers, self._memory.block_bytes, block_size)
+            seq.num_stored_blocks = len(scheduler.cached_blocks(self._state, seq)) + num_fetched
         self._on_found(generation, found)
 
     def _restored(self, seq: scheduler.Sequence, num_blocks: int, seconds: float, in_time: bool) -> None:

@@ -135,7 +135,7 @@ class DictTable:
                 self.num_read += 1
 
     def submit(
-        self, row_ids: np.ndarray[Any, Any] | Sequence[int], reason: str = "demand", *, apart: bool = False
+        self, row_ids: np.ndarray[Any, Any] | Sequence[int], *, apart: bool = False
     ) -> DictRead | None:
         ids = np.asarray(row_ids).tolist()
         awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
@@ -146,22 +146,22 @@ class DictRead:
     def __init__(self, table: DictTable, row_ids: np.ndarray[Any, Any]) -> None:
         self.table, self.row_ids = table, row_ids
 
-    def ready(self) -> bool:
+    def ready(self, begin: int, end: int) -> bool:
         held = self.table.held
-        return held is not None and held.isdisjoint(self.row_ids.tolist())
+        return held is not None and held.isdisjoint(self.row_ids[begin:end].tolist())
 
-    def wait(self, timeout: float) -> bool:
+    def wait(self, begin: int, end: int, timeout: float) -> bool:
         self.table.waits.append(timeout)
-        return self.ready()
+        return self.ready(begin, end)
 
     def error(self, begin: int, end: int) -> RowReadError | None:
         broken = self.table.broken & set(self.row_ids[begin:end].tolist())
         return RowReadError(f"row {min(broken)} cannot be read") if broken else None
 
     def copy_into(self, picks: np.ndarray[Any, Any], out: Tensor) -> None:
-        assert self.ready(), "the engine would block on a read that is not ready"
         for i, pick in enumerate(picks.tolist()):
             if pick >= 0:
+                assert self.ready(pick, pick + 1), "the engine would block on a read that is not ready"
                 assert self.row_ids[pick] >= 0
                 out[i] = self.table.row(self.row_ids[pick])
                 self.table.num_read += 1
@@ -279,7 +279,9 @@ class World:
         self._device = device
         self.commands: deque[Callable[[], None]] = deque()
         if store is not None:
-            self.core.recycle(store, RecycleCost(), runner, runner.num_layers, self.commands.append)
+            self.core.recycle(
+                store, RecycleCost(store.read_speeds), runner, runner.num_layers, self.commands.append
+            )
         self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 

@@ -178,7 +178,7 @@ def test_a_failed_match_ends_its_request_only(
             raise RowReadError("the index is damaged")
         return match_newest(sequences, *out)
 
-    dict_table.match_newest = damaged  # type: ignore[method-assign]
+    dict_table.match_newest = damaged  # type: ignore[method-assign, assignment]
     dict_table.slow = slow
     world = make_world(dict_table)
     good = world.add([6, 7], max_tokens=6, allowed_token_ids=(6, 7))
