@@ -71,7 +71,7 @@ class Slot:
         self.state = SlotState.FREE
 
     @property
-    def host_bytes(self) -> int:
+    def num_bytes(self) -> int:
         return self._memory.host.nbytes
 
     @property
@@ -110,9 +110,9 @@ class StagingRing:
         self._slots = [Slot(device, max_rows, dim, dtype) for _ in range(num_slots)]
 
     @property
-    def host_bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Host memory of all slots."""
-        return sum(slot.host_bytes for slot in self._slots)
+        return sum(slot.num_bytes for slot in self._slots)
 
     @property
     def num_in_use(self) -> int:

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 
 import torch
 
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
 from scone.server.serve_settings import engine_config, model_name, table_config
+from scone.server.served_recycled import ServedRecycled
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
 from scone.server.table_metrics import TableCollector
@@ -31,6 +34,22 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: MemoryBudget) -> ServedRecycled:
+    """What operators see of a store that `engine` uses."""
+    recycler, cost = engine.recycler, engine.recycle_cost
+    assert recycler is not None
+    assert cost is not None
+    return ServedRecycled(
+        path=path,
+        store=store,
+        cost=cost,
+        memory=memory,
+        block_form=recycler.block_form.reason,
+        bytes_per_token=recycler.block_form.kv_bytes,
+        staging_bytes=recycler.staging_bytes,
+    )
 
 
 class ModelLoader:

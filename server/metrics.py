@@ -100,6 +100,10 @@ class ServerMetrics:
         """Exports a table's counters as well."""
         self.registry.register(collector)
 
+    def watch_recycled(self, collector: Collector) -> None:
+        """Exports the counters of a store of recycled states as well."""
+        self.registry.register(collector)
+
     def watch_device(self, collector: Collector) -> None:
         """Exports what staging rows takes."""
         self.registry.register(collector)

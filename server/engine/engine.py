@@ -21,6 +21,7 @@ from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
 from scone.server.engine.model_runner import ModelRunner, Runner
 from scone.server.engine.observer import EngineObserver, SilentObserver
+from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
@@ -52,6 +53,9 @@ class EngineStats:
 class Engine:
     """Generates for many requests at once.
 
+    Attributes:
+        recycle_cost: what computing and fetching states take; None where no states are kept.
+
     >>> engine = Engine(config, decoder, tokenizer, None, model_hash)
     >>> engine.start()
     >>> engine.submit(GenerationRequest(request_id="a", input_ids=(1, 2)), on_delta=print)
@@ -79,11 +83,12 @@ class Engine:
         runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
         self._vocab_size = runner.vocab_size
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
+        self.recycle_cost: RecycleCost | None = None
         if recycled is not None:
             assert isinstance(runner, ModelRunner)
-            self._core.recycle(
-                recycled, RecycleCost(recycled.read_speeds), runner, runner.num_layers, self._post
-            )
+            cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
+            self._core.recycle(recycled, cost, runner, runner.num_layers, self._post)
+            logger.info("recycled states: %s", runner.block_form.reason)
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -111,6 +116,11 @@ class Engine:
     def overlay(self) -> RowOverlay:
         """How rows get to the model; its numbers may be read from any thread."""
         return self._core.overlay
+
+    @property
+    def recycler(self) -> Recycler | None:
+        """How states are fetched and kept; its numbers may be read from any thread. None: they are not."""
+        return self._core.recycler
 
     def start(self) -> None:
         """Starts the engine thread."""

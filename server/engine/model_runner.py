@@ -18,6 +18,7 @@ from scone.cache.state_identity import StateIdentity
 from scone.kernels.extension import native
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
+from scone.server.engine.block_form import BlockForm
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.native_forward import NativeForward
@@ -78,6 +79,8 @@ class BlockMemory(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def block_form(self) -> BlockForm: ...
+    @property
     def block_bytes(self) -> int: ...
     def block(self, block_id: int) -> Tensor: ...
 
@@ -88,6 +91,7 @@ class ModelRunner:
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native` or `torch`.
+        block_form: in which form blocks are kept, and why.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
     """
@@ -123,6 +127,7 @@ class ModelRunner:
         )
         self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
         self._block_bytes = self._kv_cache.view(torch.uint8)
+        self.block_form = BlockForm.of(shape, self.dtype.itemsize)
         # The whole shape: weights of one hash may be read with another base of rotation or another norm.
         self.state_identity = StateIdentity(
             model_hash="",

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from scone.cache.device import Device
 from scone.cache.recycle_cost import RecycleCost
-from scone.cache.recycled_store import RecycledStore, StateTier
+from scone.cache.recycled_stats import StateTier
+from scone.cache.recycled_store import RecycledStore
 from scone.server.engine import scheduler
 from scone.server.engine.block_restorer import BlockRestorer, Post
 from scone.server.engine.block_saver import BlockSaver
@@ -91,6 +92,7 @@ class Recycler:
     ) -> None:
         """`on_found` is told what a look-up brought; of blocks worth fetching the scheduler knows by then."""
         self._store, self._cost, self._memory, self._state = store, cost, memory, state
+        self.block_form = memory.block_form
         self._num_layers, self._post = num_layers, post
         self._observer, self._on_found = observer, on_found
         self.restorer = BlockRestorer(store, memory, device, state, post, self._restored)
@@ -112,6 +114,11 @@ class Recycler:
     def is_busy(self) -> bool:
         """Whether workers read or look up, or what they brought is still to be taken over."""
         return bool(self._asked) or self.restorer.is_busy
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host memory through which blocks go to the KV cache."""
+        return self.restorer.ring.num_bytes
 
     # -- before a sequence runs ----------------------------------------------------------------
 
