@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,14 @@ from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
-from scone.server.serve_settings import engine_config, model_name, table_config
+from scone.server.recycled_metrics import RecycledCollector
+from scone.server.serve_settings import (
+    engine_config,
+    memory_budget,
+    model_name,
+    recycled_config,
+    table_config,
+)
 from scone.server.served_recycled import ServedRecycled
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
@@ -69,6 +77,7 @@ class ModelLoader:
             config = engine_config(settings, checkpoint.config.max_position)
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
+        memory = memory_budget(settings)
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
@@ -77,6 +86,10 @@ class ModelLoader:
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):
             decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+        store = None
+        if memory is not None:
+            with self._phase("recycled", f"opening the store of recycled states {settings.recycled}"):
+                store = RecycledStore.open(Path(settings.recycled), recycled_config(settings), memory)
         with self._phase("engine", "starting the engine"):
             engine = Engine(
                 config,
@@ -85,7 +98,12 @@ class ModelLoader:
                 None if table is None else table.table,
                 checkpoint.model_hash,
                 observer=self._metrics,
+                recycled=store,
             )
+            recycled = None
+            if store is not None and memory is not None:
+                recycled = served_recycled(settings.recycled, store, engine, memory)
+                self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))
@@ -101,6 +119,7 @@ class ModelLoader:
             max_model_len=config.max_model_len,
             dim=checkpoint.config.dim,
             num_layers=checkpoint.config.num_layers,
+            recycled=recycled,
         )
 
     @contextmanager

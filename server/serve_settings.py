@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from scone.cache import TableConfig
+from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
-from scone.cache.table_config import DISK_READERS
+from scone.cache.table_config import DISK_READERS, auto_bytes
 from scone.server.api.config import ApiConfig
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.errors import SettingError
@@ -278,6 +279,13 @@ def _keys_in(path: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"cannot read api_key_file {path}: {error}") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def memory_budget(settings: Resolved) -> MemoryBudget | None:
+    """What the table's rows and recycled states share; None where no states are kept."""
+    if settings.recycled is None:
+        return None
+    return MemoryBudget(auto_bytes() if settings.ram_bytes is None else settings.ram_bytes)
 
 
 def table_config(settings: Resolved, num_threads: int) -> TableConfig:
