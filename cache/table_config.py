@@ -47,5 +47,10 @@ class TableConfig:
 
     def ram_rows(self, num_rows: int, row_bytes: int) -> int:
         """How many of the first rows the RAM tier holds."""
-        budget = int(available_bytes() * _AUTO_SHARE) if self.ram_bytes is None else self.ram_bytes
+        budget = auto_bytes() if self.ram_bytes is None else self.ram_bytes
         return min(num_rows, budget // row_bytes)
+
+
+def auto_bytes() -> int:
+    """The RAM budget where none was set."""
+    return int(available_bytes() * _AUTO_SHARE)

@@ -182,15 +182,21 @@ class Decoder(nn.Module):
         return cast(Tensor, self.embed_tokens(input_ids))
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, attend: Attend, num_layers: int | None = None
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Hidden states (..., dim) after the final norm; positions (...,) are absolute.
 
-        Stops after `num_layers`, before the final norm, if that is less than all.
+        Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
+        `embeddings` are the states after so many layers, and only the layers from there on are run.
         """
         rope = self.rope(positions)
         hidden = embeddings
-        for layer_id, block in enumerate(self.layers[:num_layers]):
+        for layer_id, block in enumerate(self.layers[first_layer:num_layers], first_layer):
             hidden = block(hidden, rope, layer_id, attend)
         if num_layers not in (None, self.config.num_layers):
             return hidden
