@@ -68,6 +68,10 @@ class Slot:
         self.num_rows = 0
         self.state = SlotState.FREE
 
+    @property
+    def num_bytes(self) -> int:
+        return self._memory.host.nbytes
+
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
         if self.num_rows not in self._views:
@@ -97,6 +101,11 @@ class StagingRing:
             raise ValueError(f"num_slots is {num_slots}, wanted at least 3")
         self._device = device
         self._slots = [Slot(device, max_rows, dim, dtype) for _ in range(num_slots)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the host's side."""
+        return sum(slot.num_bytes for slot in self._slots)
 
     @property
     def num_in_use(self) -> int:

@@ -15,7 +15,7 @@ from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
-from scone.server.serve_settings import engine_config, model_name, table_config
+from scone.server.serve_settings import engine_config, memory_budget, model_name, table_config
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
 from scone.server.table_metrics import TableCollector
@@ -50,10 +50,11 @@ class ModelLoader:
             config = engine_config(settings, checkpoint.config.max_position)
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
+        memory = memory_budget(settings)
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
+                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):
@@ -67,6 +68,8 @@ class ModelLoader:
                 checkpoint.model_hash,
                 observer=self._metrics,
             )
+            if memory is not None:
+                memory.join("staging").reserve(engine.overlay.ring.num_bytes)
             engine.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from scone.cache import TableConfig
+from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
-from scone.cache.table_config import DISK_READERS
+from scone.cache.table_config import DISK_READERS, auto_bytes
 from scone.server.api.config import ApiConfig
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.errors import SettingError
@@ -280,9 +281,17 @@ def _keys_in(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def table_config(settings: Resolved, num_threads: int) -> TableConfig:
+def memory_budget(settings: Resolved) -> MemoryBudget | None:
+    """What the table's rows and recycled states share; None where no states are kept."""
+    if settings.recycled is None:
+        return None
+    return MemoryBudget(auto_bytes() if settings.ram_bytes is None else settings.ram_bytes)
+
+
+def table_config(settings: Resolved, num_threads: int, memory: MemoryBudget | None = None) -> TableConfig:
     """How the table is read; raises CacheError."""
     return TableConfig(
+        memory=memory,
         ram_bytes=settings.ram_bytes,
         device_bytes=settings.device_bytes,
         disk_reader=settings.disk_reader,
