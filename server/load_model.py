@@ -81,7 +81,7 @@ class ModelLoader:
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
+                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {settings.dtype}"):
@@ -104,6 +104,8 @@ class ModelLoader:
             if store is not None and memory is not None:
                 recycled = served_recycled(settings.recycled, store, engine, memory)
                 self._metrics.watch_recycled(RecycledCollector(store))
+                staging = memory.join("staging")
+                staging.reserve(engine.overlay.ring.num_bytes + recycled.staging_bytes)
             engine.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))
