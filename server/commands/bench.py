@@ -22,6 +22,7 @@ from scone.model_store.token_corpus import TokenCorpus
 from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
+from scone.server.recycled_benchmark import RecycledBenchmark
 from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 
@@ -32,6 +33,7 @@ def run(settings: Resolved) -> int:
         "count": _count,
         "prefill": _prefill,
         "decode": _decode,
+        "recycled": _recycled,
     }
     print(json.dumps(measure[settings.what](settings)))
     return 0
@@ -98,6 +100,27 @@ def _decode(settings: Resolved) -> dict[str, Any]:
     return result
 
 
+def _recycled(settings: Resolved) -> dict[str, Any]:
+    if settings.model is None:
+        raise SettingError("model is not given: wanted the model whose states are recycled")
+    result = {"benchmark": "recycled", **_here(), "repeats": settings.repeats}
+    with _work_folder(settings) as work:
+        benchmark = RecycledBenchmark(settings.model, work)
+        result["first_token"] = benchmark.first_token(settings.repeats)
+        result["identity"] = [
+            benchmark.identity(settings.prompts, "native"),
+            benchmark.identity(max(2, settings.prompts // 10), "torch"),
+        ]
+    return result
+
+
+def _here() -> dict[str, Any]:
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
 @contextmanager
 def _workload(settings: Resolved) -> Iterator[Workload]:
     with _work_folder(settings) as work:
@@ -114,8 +137,7 @@ def _described(name: str, settings: Resolved) -> dict[str, Any]:
         raise SettingError("model is given without table or text: wanted all three, or none of them")
     return {
         "benchmark": name,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(UTC).date().isoformat(),
+        **_here(),
         "rows": settings.rows,
         "dim": settings.dim,
         "repeats": settings.repeats,
@@ -139,7 +161,7 @@ COMMAND = Command(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "continuations", "count", "prefill", "decode"),
+            choices=("lookup", "continuations", "count", "prefill", "decode", "recycled"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -154,9 +176,18 @@ COMMAND = Command(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
         ),
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
-        Setting(name="model", help="prefill, decode: a model to measure too, with its table and without"),
+        Setting(
+            name="model",
+            help="recycled: the model; prefill, decode: one to measure too, with its table and without",
+        ),
         Setting(name="table", help="the table of that model"),
         Setting(name="text", kind=Path, help="a text file to prompt that model with"),
+        Setting(
+            name="prompts",
+            kind=int,
+            default=200,
+            help="recycled: prompts whose answers are compared cold and restored",
+        ),
         Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(
             name="work",
