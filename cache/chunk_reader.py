@@ -16,6 +16,7 @@ import lmdb
 import numpy as np
 
 from scone.cache.recycled_layout import (
+    CHUNK_BYTES,
     IN_LEAF_BYTES,
     PAGE_HEADER_BYTES,
     Entry,
@@ -65,6 +66,9 @@ class ChunkReader:
                 if offset == run_end and len(runs[-1][1]) + len(places) < _MAX_PLACES:
                     runs[-1][1].extend((memoryview(bytearray(PAGE_HEADER_BYTES)), *places))
                 else:
+                    # LMDB's binding touches each page of a value, one fault after the other: the rest of the
+                    # state, which mostly follows, is asked of the disk at once.
+                    self._will_need(offset, entry.num_bytes - begin)
                     runs.append((offset, places))
                 run_end = offset + len(value) + PAGE_HEADER_BYTES
             found = cursor.next()
@@ -77,10 +81,12 @@ class ChunkReader:
     def close(self) -> None:
         os.close(self._fd)
 
+    def _will_need(self, offset: int, num_bytes: int) -> None:
+        num_headers = -(-num_bytes // CHUNK_BYTES)
+        length = num_bytes + num_headers * PAGE_HEADER_BYTES
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def _read_runs(self, runs: list[tuple[int, list[memoryview]]]) -> None:
-        if len(runs) > 1:  # so that the disk is asked for all of them at once
-            for offset, places in runs:
-                os.posix_fadvise(self._fd, offset, sum(map(len, places)), os.POSIX_FADV_WILLNEED)
         for offset, places in runs:
             os.preadv(self._fd, places, offset)
 

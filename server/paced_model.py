@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import CpuDevice, Event, Stream
+from scone.cache.state_identity import StateIdentity
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.scheduler import Chunk
 
 COPY_SECONDS = 10e-6
@@ -89,6 +91,7 @@ class PacedModel:
 
     device = torch.device("cpu")
     dtype = torch.bfloat16
+    state_identity = StateIdentity(model_hash="", tokenizer_hash="", compute="paced")
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class PacedModel:
         return self._embeddings[: sum(chunk.num_tokens for chunk in chunks)]
 
     def forward_each(
-        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+        self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
     ) -> list[Tensor]:
         """Hidden states (n, 1) of each chunk: the token that follows, where one is to be sampled."""
         num_decode = sum(chunk.num_tokens == 1 for chunk in chunks)

@@ -167,12 +167,18 @@ class InputRows:
     """One generation of the table, as the engine uses it."""
 
     def __init__(
-        self, table: Table, source: RowSource, table_id: str, close: Callable[[], None] = lambda: None
+        self,
+        table: Table,
+        source: RowSource,
+        table_id: str,
+        close: Callable[[], None] = lambda: None,
+        row_codec: str = "",
     ) -> None:
         """`table_id` names everything that determines the table's rows; `close` ends the source."""
         self.close = close
         self.table = table
         self.table_id = table_id
+        self.row_codec = row_codec
         self._source = source
         self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: NDArray[np.int64] = np.empty(0, np.int64)
@@ -307,4 +313,5 @@ def read_ahead(table: FGramTable, device: Device) -> InputRows:
     """The rows of a table, read by its own prefetcher; the first on the device if there is a budget."""
     table.load_device_rows(device)
     prefetcher = Prefetcher(table)
-    return InputRows(table, prefetcher, table.manifest.table_id, prefetcher.close)
+    manifest = table.manifest
+    return InputRows(table, prefetcher, manifest.table_id, prefetcher.close, manifest.codec)

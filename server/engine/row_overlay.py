@@ -69,6 +69,29 @@ class RowOverlay:
         finally:
             self.ring.release(slot)
 
+    def lay_states(
+        self, states: Sequence[Tensor | None], chunks: Sequence[Chunk], embeddings: Tensor
+    ) -> None:
+        """Replaces the embeddings of chunks whose sequence has states (num_tokens, dim), on the host."""
+        parts: list[Tensor] = []
+        places: list[int] = []
+        offset = 0
+        for known, chunk in zip(states, chunks, strict=True):
+            if known is not None:
+                parts.append(known[chunk.start : chunk.start + chunk.num_tokens])
+                places += range(offset, offset + chunk.num_tokens)
+            offset += chunk.num_tokens
+        if not parts:
+            return
+        ids = np.array(places, np.int64)
+        slot = self.ring.fill(ids, ids, lambda out: torch.cat(parts, out=out))
+        assert slot is not None, "each step gives its slot back"
+        try:
+            staged, device_places = self.ring.use(slot, ids)
+            self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(ids)], staged))
+        finally:
+            self.ring.release(slot)
+
 
 def staging_device(device: torch.device) -> Device:
     """What brings rows to a model on `device`."""

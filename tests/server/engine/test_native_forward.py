@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor
 
 from scone.kernels.extension import native
-from scone.kernels.packed_linear import WeightKind, rounded_weight_reference
+from scone.kernels.packed_linear import (
+    INSTRUCTION_SETS,
+    PackedLinear,
+    WeightKind,
+    Workspace,
+    rounded_weight_reference,
+)
 from scone.model_store.decoder import Decoder
+from scone.server.engine import native_forward
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk, Sequence
@@ -25,6 +34,23 @@ from .conftest import random_prompt
 pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
 
 CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, block_size=8)
+
+
+def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are packed from now on run on it."""
+    if name not in INSTRUCTION_SETS:
+        pytest.skip(f"this processor has no {name}")
+
+    def workspace(num_threads: int, *, instruction_set: str | None) -> Workspace:
+        assert instruction_set is None
+        return Workspace(num_threads, instruction_set=name)
+
+    monkeypatch.setattr(native_forward, "Workspace", workspace)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_instruction_set(request.param, monkeypatch)
 
 
 def random_decoder(**shape: Any) -> Decoder:
@@ -63,6 +89,7 @@ def hidden_states(runner: ModelRunner, prompts: list[list[int]], cuts: list[int]
 PROMPTS = [random_prompt(seed, length, high=200) for seed, length in enumerate((1, 9, 40, 77))]
 
 
+@pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize(
     "shape",
     [
@@ -95,6 +122,18 @@ def test_int8_equals_torch_on_the_rounded_weights() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_avx512_gives_the_bits_of_avx2(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder(num_heads=6, num_kv_heads=2, head_dim=40, dim=48, ffn_dim=80, qk_norm=True)
+    states = []
+    for name in ("avx512", "avx2"):
+        use_instruction_set(name, monkeypatch)
+        config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
+        states.append(torch.cat(hidden_states(ModelRunner(decoder, config), PROMPTS, [16, 33])))
+    assert torch.equal(*states)
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
     config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
     decoder = random_decoder()
@@ -104,6 +143,53 @@ def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
         assert torch.equal(alone[0], states)
         threaded = hidden_states(ModelRunner(decoder, replace(config, num_threads=3)), [prompt], [1, 2, 3])
         assert torch.equal(threaded[0], states)
+
+
+@pytest.mark.parametrize("settings", [{"backend": "torch"}, {}, {"quantization": "int8"}])
+@pytest.mark.parametrize("middle", [0, 1, 2])
+def test_upper_layers_over_known_states_give_the_same_bits(settings: dict[str, Any], middle: int) -> None:
+    """All layers at once, and the upper ones over what the lower ones gave, in other chunks and blocks."""
+    config, decoder = replace(CONFIG, **settings), random_decoder()
+    prompt = random_prompt(3, 60, high=200)
+    whole = ModelRunner(decoder, config)
+    lower, upper = ModelRunner(decoder, config), ModelRunner(decoder, config)
+    seq = Sequence(0, 0, prompt, block_ids=list(range(8)))
+    with torch.inference_mode():
+        everything = Chunk(seq, 0, 60)
+        expected = whole.forward([everything], whole.embed([everything])).clone()
+        states = lower.forward([everything], lower.embed([everything]), LayerRange(0, middle)).clone()
+        cuts = [0, 60] if config.backend == "torch" else [0, 13, 48, 60]
+        chunks = [Chunk(seq, a, b - a) for a, b in itertools.pairwise(cuts)]
+        parts = [
+            upper.forward([c], states[c.start : c.start + c.num_tokens].clone(), LayerRange(middle))
+            for c in chunks
+        ]
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_layers_that_end_before_they_begin_are_refused() -> None:
+    runner = ModelRunner(random_decoder(), CONFIG)
+    chunk = Chunk(Sequence(0, 0, [5], block_ids=[0]), 0, 1)
+    with torch.inference_mode(), pytest.raises(ValueError, match="first_layer is more than num_layers"):
+        runner.forward([chunk], runner.embed([chunk]), LayerRange(2, 1))
+
+
+def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
+    """Copied into another model's cache, elsewhere, they stand in for computing."""
+    for backend in ("native", "torch"):
+        config = replace(CONFIG, backend=backend)
+        first, second = (ModelRunner(random_decoder(), config) for _ in range(2))
+        prompt = random_prompt(4, 24, high=200)
+        here, there = (Sequence(0, 0, prompt, block_ids=ids) for ids in ([3, 1, 2], [9, 4, 7]))
+        with torch.inference_mode():
+            everything, rest = Chunk(here, 0, 24), Chunk(here, 16, 8)
+            first.forward([everything], first.embed([everything]))
+            expected = first.forward([rest], first.embed([rest])).clone()
+            for source, target in zip(here.block_ids[:2], there.block_ids[:2], strict=True):
+                assert first.block(source).numel() == first.block_bytes == 3 * 2 * 2 * 16 * 4 * 8
+                second.block(target).copy_(first.block(source))
+            rest = Chunk(there, 16, 8)
+            assert torch.equal(second.forward([rest], second.embed([rest])), expected)
 
 
 def test_settings_that_need_native_kernels_say_so() -> None:
@@ -127,3 +213,24 @@ def test_auto_takes_the_format_that_keeps_the_weights() -> None:
     forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
     assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["f32"] * 7
     assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 21
+
+
+def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder()
+    stored: list[WeightKind] = ["int4", "int8", "bf16"]
+    for block, kind in zip(decoder.layers, stored, strict=False):
+        for linear in block.children():
+            if isinstance(linear, torch.nn.Linear) and kind == "bf16":
+                linear.weight.copy_(linear.weight.bfloat16())
+            elif isinstance(linear, torch.nn.Linear):
+                low, high = (0, 15) if kind == "int4" else (-127, 127)
+                linear.weight.copy_(torch.randint(low, high + 1, linear.weight.shape))
+                linear.weight[:, ::32], linear.weight[:, 1::32] = low, high  # the ends of each group's range
+                linear.weight.mul_(2.0 ** (-5 if kind == "int4" else -9))
+    forward = NativeForward(decoder, "none", num_threads=1, max_model_len=16)
+    assert forward.kinds[:21] == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7
+    config = replace(CONFIG, quantization="none")
+    ours = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
+    plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
