@@ -7,8 +7,8 @@ from scone.cache.ram_rows import RamRows
 from scone.cache.row_worth import RowWorth
 from scone.cache.table_config import ROWS
 
-_STEP_BYTES = 2 << 20
-"""Given up at a time: a huge page, and not a system call for every state that is stored."""
+_STEP_BYTES = 256 << 10
+"""Given up at a time: not a system call for every small state that is stored."""
 
 
 class RowShare:

@@ -1,11 +1,12 @@
-"""Linear maps whose weights are packed for the processor: float32, or rounded to 8 or 4 bits.
+"""Linear maps whose weights are packed for the processor: float32, or rounded to 16, 8 or 4 bits.
 
-Native (native/packed_linear.cpp, native/linear_kernels.inl). Weights are rounded in groups of 32 inputs:
-`int8` symmetrically with a half-precision scale, as ggml's Q8_0; `int4` to 16 levels between the least and
-the largest, as its Q4_1. A tensor that was stored in those formats is kept exactly. Inputs are rounded
-too, in the same groups: to 16 bits for `int8` weights (which costs nothing measurable) and to 8 bits for
-`int4`. Sums are exact integers within a group and float32 over groups, in an order that does not depend
-on the number of rows: results are the same alone and in any batch.
+Native (native/packed_linear.cpp, native/linear_*.inl). `bf16` rounds each weight; the others do in groups of
+32 inputs: `int8` symmetrically with a half-precision scale, as ggml's Q8_0; `int4` to 16 levels between the
+least and the largest, as its Q4_1. A tensor that was stored in those formats is kept exactly. With rounded
+weights inputs may be rounded too, in the same groups: to 16 bits for `int8` weights (which costs nothing
+measurable) and to 8 bits for `int4`. Sums are then exact integers within a group and float32 over groups, in
+an order that does not depend on the number of rows: results are the same alone and in any batch. With inputs
+in float32 weights are expanded on the way, and results are those of float32 weights, bit for bit.
 
 The `*_reference` functions are the oracle.
 """
@@ -19,40 +20,53 @@ from torch import Tensor
 
 from scone.kernels.extension import native
 
-WeightKind = Literal["f32", "int8", "int4"]
+WeightKind = Literal["f32", "bf16", "int8", "int4"]
 
 GROUP = 32
+INSTRUCTION_SETS: tuple[str, ...] = () if native is None else tuple(native.instruction_sets())
+"""What the native maps can run on here, best first; the last one, `portable`, runs anywhere."""
 
 
 class Workspace:
     """The threads and scratch memory that the native maps of one model share; one caller at a time."""
 
-    def __init__(self, num_threads: int, *, portable: bool = False) -> None:
-        """`portable` runs the kernels that need no particular instruction set."""
+    def __init__(self, num_threads: int, *, instruction_set: str | None = None) -> None:
+        """`instruction_set`: one of INSTRUCTION_SETS, the best if None; ValueError if it is another."""
         assert native is not None, "needs the native extension"
-        self.native: Any = native.Workspace(num_threads, portable)
+        self.native: Any = native.Workspace(num_threads, instruction_set or "")
 
     @property
     def instruction_set(self) -> str:
-        """`avx2` or `portable`."""
+        """Which one runs."""
         return str(self.native.instruction_set)
 
 
 class PackedLinear:
     """A linear map (num_outputs, num_inputs) with packed weights."""
 
-    def __init__(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> None:
-        """weight and bias of any float dtype; neither is kept."""
+    def __init__(
+        self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None, *, round_inputs: bool = True
+    ) -> None:
+        """weight and bias of any float dtype; neither is kept.
+
+        `round_inputs=False` multiplies int8 and int4 weights with the float32 inputs: the same bits as
+        `f32` on the rounded weights, from as little memory as they take.
+        """
         assert native is not None, "needs the native extension"
         self.num_outputs, self.num_inputs = weight.shape
         self.kind = kind
         self.native: Any = native.PackedLinear(
-            _float32(weight), kind, None if bias is None else _float32(bias)
+            _float32(weight), kind, round_inputs, None if bias is None else _float32(bias)
         )
 
     @property
     def num_bytes(self) -> int:
         return int(self.native.num_bytes)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no weight was changed by rounding."""
+        return bool(self.native.is_exact)
 
     def weight(self) -> Tensor:
         """The weights (num_outputs, num_inputs) float32 as they are used, rounding included."""
@@ -71,6 +85,8 @@ def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
     """What `PackedLinear(weight, kind).weight()` gives."""
     if kind == "f32":
         return weight.float()
+    if kind == "bf16":
+        return weight.bfloat16().float()
     groups = _groups(weight.float())
     if kind == "int8":
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
@@ -86,7 +102,7 @@ def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
 
 def rounded_input_reference(x: Tensor, kind: WeightKind) -> Tensor:
     """The inputs as a map of that kind uses them."""
-    if kind == "f32":
+    if kind in ("f32", "bf16"):
         return x
     limit = torch.tensor(32767.0 if kind == "int8" else 127.0)
     groups = _groups(x)
@@ -96,12 +112,12 @@ def rounded_input_reference(x: Tensor, kind: WeightKind) -> Tensor:
 
 
 def packed_linear_reference(
-    x: Tensor, weight: Tensor, kind: WeightKind, bias: Tensor | None = None
+    x: Tensor, weight: Tensor, kind: WeightKind, bias: Tensor | None = None, *, round_inputs: bool = True
 ) -> Tensor:
     """The map by plain float32 arithmetic on rounded weights and inputs."""
-    return torch.nn.functional.linear(
-        rounded_input_reference(x, kind), rounded_weight_reference(weight, kind), bias
-    )
+    if round_inputs:
+        x = rounded_input_reference(x, kind)
+    return torch.nn.functional.linear(x, rounded_weight_reference(weight, kind), bias)
 
 
 def _groups(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
+from scone.server.model_device import model_device, model_dtype, placed
 from scone.server.recycled_metrics import RecycledCollector
 from scone.server.serve_settings import (
     engine_config,
@@ -60,6 +61,16 @@ def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: Mem
     )
 
 
+def _reserve_staging(memory: MemoryBudget, num_bytes: int) -> None:
+    """The rings take their part of the budget; nothing is served without them, so they are there anyway."""
+    if not memory.join("staging").reserve(num_bytes):
+        logger.warning(
+            "ram_bytes is %d, and the staging rings take %d beyond what is free of it: give it more",
+            memory.total_bytes,
+            num_bytes,
+        )
+
+
 class ModelLoader:
     """Loads step by step; says each step in the log and in `startup_seconds{phase}`."""
 
@@ -72,6 +83,8 @@ class ModelLoader:
         settings = self._settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        device = model_device(settings.device)
+        dtype = model_dtype(settings.dtype, device)
         with self._phase("checkpoint", f"opening {settings.model}"):
             checkpoint = open_checkpoint(settings.model)
             config = engine_config(settings, checkpoint.config.max_position)
@@ -84,8 +97,11 @@ class ModelLoader:
                 table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
-        with self._phase("weights", f"reading the weights as {settings.dtype}"):
-            decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+        with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
+            decoder = checkpoint.decoder(dtype)
+            if settings.kronecker == "table":
+                decoder.precompute_embeddings()
+            decoder = placed(decoder, device)
         store = None
         if memory is not None:
             with self._phase("recycled", f"opening the store of recycled states {settings.recycled}"):
@@ -103,9 +119,8 @@ class ModelLoader:
             recycled = None
             if store is not None and memory is not None:
                 recycled = served_recycled(settings.recycled, store, engine, memory)
+                _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
                 self._metrics.watch_recycled(RecycledCollector(store))
-                staging = memory.join("staging")
-                staging.reserve(engine.overlay.ring.num_bytes + recycled.staging_bytes)
             engine.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))

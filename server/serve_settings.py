@@ -25,10 +25,21 @@ MODEL_SETTINGS = (
         name="served_model_name", help="name in /v1/models and in requests (default: the model's file name)"
     ),
     Setting(
+        name="device",
+        default="auto",
+        help="where the model runs: cpu, cuda, cuda:1; auto is CUDA if torch sees a device",
+    ),
+    Setting(
         name="dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of weights and activations",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of weights and activations; auto is float32 on a CPU, bfloat16 on CUDA",
+    ),
+    Setting(
+        name="kronecker",
+        default="table",
+        choices=("table", "bytes"),
+        help="Kronecker token embeddings: made into a table at start, or of their bytes each time",
     ),
     Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
 )

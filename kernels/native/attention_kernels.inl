@@ -133,12 +133,5 @@ static void attend(const QueryTile& tile, const CacheView& cache, float scale) {
     const int num_queries = tile.num_tokens * tile.group;
     int begin = 0;
     for (; begin + kStrip <= num_queries; begin += kStrip) attend_rows<kStrip>(tile, cache, scale, begin);
-    switch (num_queries - begin) {
-        case 5: attend_rows<5>(tile, cache, scale, begin); break;
-        case 4: attend_rows<4>(tile, cache, scale, begin); break;
-        case 3: attend_rows<3>(tile, cache, scale, begin); break;
-        case 2: attend_rows<2>(tile, cache, scale, begin); break;
-        case 1: attend_rows<1>(tile, cache, scale, begin); break;
-        default: break;
-    }
+    for_rest(num_queries - begin, [&](auto n) { attend_rows<n.value>(tile, cache, scale, begin); });
 }

@@ -31,9 +31,10 @@ using Tables = Array<const int32_t, nb::ndim<2>>;
 
 WeightKind kind_named(const std::string& name) {
     if (name == "f32") return WeightKind::f32;
+    if (name == "bf16") return WeightKind::bf16;
     if (name == "int8") return WeightKind::int8;
     if (name == "int4") return WeightKind::int4;
-    throw std::invalid_argument("weight kind is '" + name + "', wanted f32, int8 or int4");
+    throw std::invalid_argument("weight kind is '" + name + "', wanted f32, bf16, int8 or int4");
 }
 
 void want(bool holds, const char* what) {
@@ -84,9 +85,9 @@ public:
         for (int i = 0; i < 7; ++i)
             want((*targets[i])->num_outputs() == sizes[i][0] && (*targets[i])->num_inputs() == sizes[i][1],
                  "a map's shape does not fit the decoder");
-        const auto kind = [](const PackedLinear* map) { return map->weights().kind; };
+        const auto kind = [](const PackedLinear* map) { return map->weights().inputs; };
         want(kind(layer.q) == kind(layer.k) && kind(layer.q) == kind(layer.v) && kind(layer.gate) == kind(layer.up),
-             "maps that read the same inputs are of different kinds");
+             "maps that read the same inputs want different kinds of them");
         want(int(layer.attention_norm.size()) == s.dim && int(layer.ffn_norm.size()) == s.dim,
              "a norm is not (dim,)");
         layer.owners = std::move(maps);
@@ -181,7 +182,7 @@ private:
     }
 
     // Rows of the hidden state, normed, as inputs of maps of one kind.
-    void prepare_normed(const Step& step, const std::vector<float>& weight, WeightKind kind) {
+    void prepare_normed(const Step& step, const std::vector<float>& weight, InputKind kind) {
         space_.prepare(kind, normed_.get(), step.rows, shape_.dim, prepared_, [&](int first, int count) {
             for (int r = first; r < first + count; ++r)
                 space_.kernels->rms_norm(step.hidden + size_t(r) * shape_.dim, weight.data(), shape_.norm_eps,
@@ -248,7 +249,7 @@ private:
     }
 
     void run(const Step& step, int thread) {
-        const auto kind = [](const PackedLinear* map) { return map->weights().kind; };
+        const auto kind = [](const PackedLinear* map) { return map->weights().inputs; };
         const auto as_it_is = [](int, int) {};
         const int width = shape_.num_heads * shape_.head_dim, ffn_dim = shape_.ffn_dim;
         for (size_t i = step.first_layer; i < step.num_layers; ++i) {
@@ -299,7 +300,7 @@ void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix ou
     Activations target = space.prepared(rows, map.num_inputs());
     nb::gil_scoped_release release;
     space.team.run([&](int) {
-        space.prepare(map.weights().kind, x.data(), rows, map.num_inputs(), target, [](int, int) {});
+        space.prepare(map.weights().inputs, x.data(), rows, map.num_inputs(), target, [](int, int) {});
         multiply(space, target, rows, {{&map, out.data()}});
     });
 }
@@ -307,22 +308,29 @@ void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix ou
 }  // namespace
 
 void register_decoder(nb::module_& m) {
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const DecoderKernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+        return names;
+    });
     nb::class_<Workspace>(m, "Workspace")
-        .def(nb::init<int, bool>(), nb::arg("num_threads"), nb::arg("portable") = false)
+        .def(nb::init<int, std::string>(), nb::arg("num_threads"), nb::arg("instruction_set"))
         .def_prop_ro("num_threads", [](const Workspace& w) { return w.team.size(); })
         .def_prop_ro("instruction_set", [](const Workspace& w) { return std::string(w.kernels->name); });
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def(
             "__init__",
-            [](PackedLinear* self, Matrix weight, const std::string& kind, std::optional<Vector> bias) {
+            [](PackedLinear* self, Matrix weight, const std::string& kind, bool round_inputs,
+               std::optional<Vector> bias) {
                 want(!bias || bias->size() == weight.shape(0), "bias is not (num_outputs,)");
                 const WeightKind named = kind_named(kind);
                 nb::gil_scoped_release unlocked;  // several maps are packed at once
                 new (self) PackedLinear(weight.data(), int(weight.shape(0)), int(weight.shape(1)),
-                                        named, bias ? bias->data() : nullptr);
+                                        named, round_inputs, bias ? bias->data() : nullptr);
             },
-            nb::arg("weight"), nb::arg("kind"), nb::arg("bias") = nb::none())
+            nb::arg("weight"), nb::arg("kind"), nb::arg("round_inputs"), nb::arg("bias").none())
         .def_prop_ro("num_bytes", &PackedLinear::num_bytes)
+        .def_prop_ro("is_exact", &PackedLinear::is_exact)
         .def("unpack",
              [](const PackedLinear& self, MutableMatrix out) {
                  want(int(out.shape(0)) == self.num_outputs() && int(out.shape(1)) == self.num_inputs(),

@@ -16,7 +16,9 @@
 namespace scone {
 namespace avx2 {
 #include "vector_math.inl"
+#include "input_kernels.inl"
 #include "linear_kernels.inl"
+#include "tile.inl"
 #include "row_kernels.inl"
 #include "attention_kernels.inl"
 }  // namespace avx2

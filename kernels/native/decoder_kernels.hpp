@@ -14,26 +14,40 @@ constexpr int kGroup = 32;     // inputs that share a scale
 constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
 constexpr int kRowBlock = 48;  // rows per tile: their activations stay in the second-level cache
 
-enum class WeightKind { f32, int8, int4 };
+// How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
+// int8 with int4.
+enum class WeightKind { f32, bf16, int8, int4 };
+enum class InputKind { f32, int16, int8 };
 
-// Weights (num_outputs, num_inputs), rearranged so that a panel is read front to back.
+// Weights (num_outputs, num_inputs), rearranged so that a panel is read front to back; padded with zeros to
+// whole panels and groups.
 //   f32:  [panel][input][16] float
-//   int8: [panel][group]{ scale f16[16]; [half][16 pairs]{ 8 columns x 2 inputs int8 } }
-//   int4: [panel][group]{ scale f16[16]; minimum f16[16]; [half][4]{ 8 columns x 4 inputs, two nibbles } }
+//   bf16: [panel][input][16] the upper halves of floats
+//   int8: [panel][group]{ scale f16[16]; [16 pairs]{ 16 columns x 2 inputs int8 } }
+//   int4: [panel][group]{ scale f16[16]; minimum f16[16]; [4]{ 16 columns x 4 inputs, two nibbles } }
 //         the low nibble is for input 4j + i of the group, the high one for 16 + 4j + i
 struct PackedWeights {
     WeightKind kind;
+    InputKind inputs;
     int num_outputs, num_inputs;
     int num_panels, num_groups;
     size_t panel_bytes;
     const unsigned char* data;  // 64-byte aligned
 };
 
-// Rows of inputs in the form that a kind of weights wants, so that a tile is read front to back too. Rows
-// come in blocks of kRowBlock, the last one shorter; inputs are padded with zeros to whole groups.
-//   f32:  values [block][strip of 6 rows, the last one shorter][input][row] float
-//   int8: values [block][group][row][32] int16, scales [block][group][row]
-//   int4: values [block][group][row][32] int8, scales and sums [block][group][row]
+// Bytes of one group of a panel.
+constexpr int group_bytes(WeightKind kind) {
+    return kind == WeightKind::f32    ? 4 * kPanel * kGroup
+           : kind == WeightKind::bf16 ? 2 * kPanel * kGroup
+           : kind == WeightKind::int8 ? 2 * kPanel + kPanel * kGroup
+                                      : 4 * kPanel + kPanel * kGroup / 2;
+}
+
+// Rows of inputs of some kind, so that a tile is read front to back too. Rows come in blocks of kRowBlock, the
+// last one shorter; rounded inputs are padded with zeros to whole groups.
+//   f32:   values [block][strip of 6 rows, the last one shorter][input][row] float
+//   int16: values [block][group][row][32], scales [block][group][row]
+//   int8:  values [block][group][row][32], scales and sums [block][group][row]
 struct Activations {
     void* values;
     float* scales;
@@ -66,7 +80,7 @@ struct DecoderKernels {
     // out (count, 16) = activations [first_row, first_row + count) times one panel; whole row blocks only.
     void (*tile)(const PackedWeights&, int panel, const Activations&, int first_row, int count, float* out);
     // The strip of x (num_rows, num_inputs) that begins at `first_row`, into the activations.
-    void (*prepare)(WeightKind, const float* x, int num_inputs, int num_rows, int first_row, const Activations&);
+    void (*prepare)(InputKind, const float* x, int num_inputs, int num_rows, int first_row, const Activations&);
     // out = weight * x / rms(x); may be done in place.
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
     // out = silu(gate) * up
@@ -77,6 +91,7 @@ struct DecoderKernels {
 };
 
 // nullptr where the compiler or the processor has none.
+const DecoderKernels* decoder_kernels_avx512();
 const DecoderKernels* decoder_kernels_avx2();
 const DecoderKernels* decoder_kernels_portable();
 

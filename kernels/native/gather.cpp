@@ -32,7 +32,7 @@ constexpr int64_t kDamagedRow = -3;  // kDamagedRow - r: row r does not fit its 
 constexpr size_t kPageBytes = 4096;             // granularity of mincore and madvise; larger pages are multiples
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, starting a thread costs more than it saves
-constexpr int64_t kStreamBytes = 4 << 20;       // more than this would push all else out of the caches
+constexpr int64_t kStreamBytes = 16 << 20;       // more than this would push all else out of the caches
 constexpr int64_t kRowsAhead = 16;              // rows whose first lines are on their way while one is copied
 constexpr int64_t kUnlockBytes = 256 << 10;     // a shorter copy ends before the GIL, once given away, comes back
 

@@ -29,24 +29,51 @@ static void multiply_f32(const float* w, int count, const float* x, float* out) 
     }
 }
 
-static void tile_f32(const unsigned char* panel, int num_inputs, const float* x, int rows, float* out) {
+// A group of a panel as floats (32 inputs, 16). The products with scales are exact, so that rounding happens
+// once, in the sum, and the weights are the same bits with and without fused operations.
+static inline void expand(WeightKind kind, const unsigned char* group, float* out) {
+    for (int half = 0; half < 2; ++half, out += 8) {
+        const f32x8 scale = load_half(group + 16 * half);
+        if (kind == WeightKind::bf16) {
+            for (int i = 0; i < kGroup; ++i) {
+                const i32x8 bits = widen(group + 2 * (i * kPanel + 8 * half)) << 16;
+                store(out + i * kPanel, (f32x8)bits);
+            }
+        } else if (kind == WeightKind::int8) {
+            for (int i = 0; i < kGroup; i += 2) {
+                const i32x8 pair = widen(group + 2 * kPanel + i * kPanel + 16 * half);
+                store(out + i * kPanel, to_float((pair << 24) >> 24) * scale);
+                store(out + (i + 1) * kPanel, to_float(pair >> 8) * scale);
+            }
+        } else {
+            const f32x8 minimum = load_half(group + 2 * kPanel + 16 * half);
+            for (int i = 0; i < kGroup / 2; ++i) {
+                i32x8 both;
+                __builtin_memcpy(&both, group + 4 * kPanel + i / 4 * 64 + 32 * half, sizeof both);
+                const i32x8 low = (both >> (i % 4 * 8)) & 15, high = (both >> (i % 4 * 8 + 4)) & 15;
+                store(out + i * kPanel, fma8(to_float(low), scale, minimum));
+                store(out + (i + kGroup / 2) * kPanel, fma8(to_float(high), scale, minimum));
+            }
+        }
+    }
+}
+
+static void tile_f32(WeightKind kind, const unsigned char* panel, int num_inputs, const float* x, int rows,
+                     float* out) {
+    alignas(64) float expanded[kInputsPerPass * kPanel];
     for (int i = 0; i < rows * kPanel; ++i) out[i] = 0.0f;
     for (int first = 0; first < num_inputs; first += kInputsPerPass) {
         const int count = num_inputs - first < kInputsPerPass ? num_inputs - first : kInputsPerPass;
-        const float* w = (const float*)panel + (size_t)first * kPanel;
+        const unsigned char* group = panel + (size_t)(first / kGroup) * group_bytes(kind);
+        const float* w = kind == WeightKind::f32 ? (const float*)group : expanded;
+        if (kind != WeightKind::f32)
+            for (int k = 0; k < count; k += kGroup, group += group_bytes(kind))
+                expand(kind, group, expanded + k * kPanel);
         int r = 0;
         for (; r + kStrip <= rows; r += kStrip)
             multiply_f32<kStrip>(w, count, x + (size_t)r * num_inputs + first * kStrip, out + r * kPanel);
-        const float* part = x + (size_t)r * num_inputs + first * (rows - r);
-        float* target = out + r * kPanel;
-        switch (rows - r) {
-            case 5: multiply_f32<5>(w, count, part, target); break;
-            case 4: multiply_f32<4>(w, count, part, target); break;
-            case 3: multiply_f32<3>(w, count, part, target); break;
-            case 2: multiply_f32<2>(w, count, part, target); break;
-            case 1: multiply_f32<1>(w, count, part, target); break;
-            default: break;
-        }
+        const float* rest = x + (size_t)r * num_inputs + first * (rows - r);
+        for_rest(rows - r, [&](auto n) { multiply_f32<n.value>(w, count, rest, out + r * kPanel); });
     }
 }
 
@@ -60,8 +87,8 @@ static inline void dot_int8(const unsigned char* w, const int16_t* x, i32x8 (*su
     __m256i low[kRows], high[kRows];
     for (int r = 0; r < kRows; ++r) low[r] = high[r] = _mm256_setzero_si256();
     for (int pair = 0; pair < kGroup / 2; ++pair) {
-        const __m256i w0 = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(w + 16 * pair)));
-        const __m256i w1 = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(w + kGroup * 8 + 16 * pair)));
+        const __m256i w0 = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(w + 32 * pair)));
+        const __m256i w1 = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(w + 32 * pair + 16)));
         for (int r = 0; r < kRows; ++r) {
             int32_t two;
             __builtin_memcpy(&two, x + r * kGroup + 2 * pair, 4);
@@ -80,7 +107,7 @@ static inline void dot_int8(const unsigned char* w, const int16_t* x, i32x8 (*su
             i32x8 sum = {};
             for (int pair = 0; pair < kGroup / 2; ++pair)
                 for (int c = 0; c < 8; ++c) {
-                    const unsigned char* two = w + half * kGroup * 8 + 16 * pair + 2 * c;
+                    const unsigned char* two = w + 32 * pair + 16 * half + 2 * c;
                     sum[c] += (int8_t)two[0] * x[2 * pair] + (int8_t)two[1] * x[2 * pair + 1];
                 }
             sums[r][half] = sum;
@@ -124,7 +151,7 @@ static inline void unpack(const unsigned char* w, Nibbles& n) {
     const __m256i mask = _mm256_set1_epi8(15);
     for (int half = 0; half < 2; ++half)
         for (int j = 0; j < 4; ++j) {
-            const __m256i both = _mm256_load_si256((const __m256i*)(w + half * kGroup * 4 + 32 * j));
+            const __m256i both = _mm256_load_si256((const __m256i*)(w + 64 * j + 32 * half));
             n.v[half][j] = _mm256_and_si256(both, mask);
             n.v[half][j + 4] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
         }
@@ -169,7 +196,7 @@ static inline void dot_int4(const Nibbles& n, const int8_t* x, i32x8 (*sums)[2])
             for (int j = 0; j < 4; ++j)
                 for (int c = 0; c < 8; ++c)
                     for (int i = 0; i < 4; ++i) {
-                        const int both = n.w[half * kGroup * 4 + 32 * j + 4 * c + i];
+                        const int both = n.w[64 * j + 32 * half + 4 * c + i];
                         sum[c] += (both & 15) * x[4 * j + i] + (both >> 4) * x[16 + 4 * j + i];
                     }
             sums[r][half] = sum;
@@ -204,111 +231,4 @@ static void tile_int4(const unsigned char* panel, int num_groups, const int8_t* 
         for (; r < rows; ++r, x += kGroup, ++scales, ++sums)
             group_int4<1>(panel, n, x, scales, sums, out + r * kPanel);
     }
-}
-
-static void tile(const PackedWeights& w, int panel, const Activations& x, int first_row, int rows, float* out) {
-    const unsigned char* data = w.data + (size_t)panel * w.panel_bytes;
-    const size_t group = (size_t)first_row * w.num_groups;
-    switch (w.kind) {
-        case WeightKind::f32:
-            tile_f32(data, w.num_inputs, (const float*)x.values + (size_t)first_row * w.num_inputs, rows, out);
-            break;
-        case WeightKind::int8:
-            tile_int8(data, w.num_groups, (const int16_t*)x.values + group * kGroup, x.scales + group, rows, out);
-            break;
-        case WeightKind::int4:
-            tile_int4(data, w.num_groups, (const int8_t*)x.values + group * kGroup, x.scales + group,
-                      x.sums + group, rows, out);
-            break;
-    }
-}
-
-// ---- inputs ---------------------------------------------------------------------------------------
-
-// The integers fit: they are at most 32767 or 127.
-static inline i16x8 narrow(i32x8 v) {
-#ifdef SCONE_AVX2
-    return (i16x8)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-#else
-    return __builtin_convertvector(v, i16x8);
-#endif
-}
-
-static inline void store_narrow(int16_t* p, i32x8 v) {
-    const i16x8 values = narrow(v);
-    __builtin_memcpy(p, &values, sizeof values);
-}
-
-static inline void store_narrow(int8_t* p, i32x8 v) {
-#ifdef SCONE_AVX2
-    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16((__m128i)narrow(v), (__m128i)narrow(v)));
-#else
-    const i8x8 values = __builtin_convertvector(v, i8x8);
-    __builtin_memcpy(p, &values, sizeof values);
-#endif
-}
-
-// Rounds one group to integers of at most `limit`; returns scale and the integers' sum. Rounding adds and
-// takes away 1.5 * 2^23, exact for halves to even below 2^22. A NaN makes the scale NaN.
-template <class Integer>
-static inline int round_group(const float* x, float limit, Integer* values, float* scale) {
-    f32x8 most = splat(0.0f), any = splat(0.0f);
-    for (int i = 0; i < kGroup; i += 8) {
-        const f32x8 v = load(x + i);
-        most = max8((f32x8)((i32x8)v & 0x7fffffff), most);
-        any = any + v * splat(0.0f);  // NaN if any is NaN or infinite, else zero
-    }
-    const float largest = max_of(most);
-    *scale = largest / limit + sum8(any);
-    const f32x8 inverse = splat(largest > 0.0f && largest < 3e38f ? limit / largest : 0.0f);
-    i32x8 sum = {};
-    for (int i = 0; i < kGroup; i += 8) {
-        const f32x8 magic = splat(12582912.0f);
-        const f32x8 rounded = (load(x + i) * inverse + magic) - magic;
-        const i32x8 q = __builtin_convertvector(rounded == rounded ? rounded : splat(0.0f), i32x8);
-        store_narrow(values + i, q);
-        sum += q;
-    }
-    sum += swap_lanes<4>(sum);
-    sum += swap_lanes<2>(sum);
-    return sum[0] + sum[1];
-}
-
-static inline void interleave(const float* x, int num_inputs, int count, float* out) {
-    for (int k = 0; k < num_inputs; ++k)
-        for (int r = 0; r < count; ++r) *out++ = x[(size_t)r * num_inputs + k];
-}
-
-static void prepare(WeightKind kind, const float* x, int num_inputs, int num_rows, int first_row,
-                    const Activations& out) {
-    const int count = num_rows - first_row < kStrip ? num_rows - first_row : kStrip;
-    x += (size_t)first_row * num_inputs;
-    if (kind == WeightKind::f32) {
-        float* strip = (float*)out.values + (size_t)first_row * num_inputs;
-        if (count == kStrip) {
-            interleave(x, num_inputs, kStrip, strip);  // a constant, so that the inner loop is unrolled
-        } else {
-            interleave(x, num_inputs, count, strip);
-        }
-        return;
-    }
-    const int num_groups = (num_inputs + kGroup - 1) / kGroup;
-    const int block = first_row / kRowBlock * kRowBlock;
-    const int block_rows = num_rows - block < kRowBlock ? num_rows - block : kRowBlock;
-    for (int g = 0; g < num_groups; ++g)
-        for (int r = 0; r < count; ++r) {
-            const float* group = x + (size_t)r * num_inputs + g * kGroup;
-            float padded[kGroup];
-            if ((g + 1) * kGroup > num_inputs) {
-                for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < num_inputs ? group[i] : 0.0f;
-                group = padded;
-            }
-            const size_t at = (size_t)block * num_groups + (size_t)g * block_rows + (first_row - block + r);
-            if (kind == WeightKind::int8) {
-                round_group(group, 32767.0f, (int16_t*)out.values + at * kGroup, out.scales + at);
-            } else {
-                const int sum = round_group(group, 127.0f, (int8_t*)out.values + at * kGroup, out.scales + at);
-                out.sums[at] = out.scales[at] * (float)sum;
-            }
-        }
 }

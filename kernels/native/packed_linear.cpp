@@ -20,6 +20,12 @@ uint16_t to_half(float value) {
     return uint16_t(sign | rest >> 13);
 }
 
+// The upper half of a float, rounded to nearest even; a NaN does not become an infinity.
+uint16_t to_bfloat16(uint32_t bits) {
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 float from_half(uint16_t h) {
     const float sign = h & 0x8000u ? -1.0f : 1.0f;
     const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -30,9 +36,6 @@ float from_half(uint16_t h) {
 
 // To nearest even, for |x| < 2^22: a plain sum, which compilers vectorise for any processor.
 float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
-
-constexpr int kInt8Bytes = 2 * kPanel + kGroup * kPanel;
-constexpr int kInt4Bytes = 4 * kPanel + kGroup * kPanel / 2;
 
 struct Group {  // of one column
     float scale, minimum;
@@ -76,16 +79,78 @@ Group round_int4(const float* x) {
     return g;
 }
 
+// One column's group into its places; whether each value is kept.
+bool pack_group(WeightKind kind, const float* x, int column, unsigned char* group) {
+    bool kept = true;
+    if (kind == WeightKind::f32) {
+        for (int i = 0; i < kGroup; ++i) std::memcpy(group + 4 * (i * kPanel + column), x + i, 4);
+    } else if (kind == WeightKind::bf16) {
+        for (int i = 0; i < kGroup; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, 4);
+            const uint16_t half = to_bfloat16(bits);
+            std::memcpy(group + 2 * (i * kPanel + column), &half, 2);
+            kept &= bits == uint32_t(half) << 16;
+        }
+    } else if (kind == WeightKind::int8) {
+        const Group rounded = round_int8(x);
+        const uint16_t scale = to_half(rounded.scale);
+        std::memcpy(group + 2 * column, &scale, 2);
+        unsigned char* values = group + 2 * kPanel + 2 * column;
+        for (int i = 0; i < kGroup; ++i) {
+            values[i / 2 * 2 * kPanel + i % 2] = static_cast<unsigned char>(rounded.values[i]);
+            kept &= rounded.scale * float(rounded.values[i]) == x[i];
+        }
+    } else {
+        const Group rounded = round_int4(x);
+        const uint16_t scale = to_half(rounded.scale), minimum = to_half(rounded.minimum);
+        std::memcpy(group + 2 * column, &scale, 2);
+        std::memcpy(group + 2 * kPanel + 2 * column, &minimum, 2);
+        unsigned char* values = group + 4 * kPanel + 4 * column;
+        for (int i = 0; i < kGroup / 2; ++i)
+            values[i / 4 * 4 * kPanel + i % 4] =
+                static_cast<unsigned char>(rounded.values[i] | rounded.values[i + 16] << 4);
+        for (int i = 0; i < kGroup; ++i)
+            kept &= rounded.scale * float(rounded.values[i]) + rounded.minimum == x[i];
+    }
+    return kept;
+}
+
+// The weights of one column's group as the kernels use them.
+void unpack_group(WeightKind kind, const unsigned char* group, int column, float* x) {
+    uint16_t scale, minimum;
+    std::memcpy(&scale, group + 2 * column, 2);
+    std::memcpy(&minimum, group + 2 * kPanel + 2 * column, 2);
+    for (int i = 0; i < kGroup; ++i) {
+        if (kind == WeightKind::f32) {
+            std::memcpy(x + i, group + 4 * (i * kPanel + column), 4);
+        } else if (kind == WeightKind::bf16) {
+            uint16_t half;
+            std::memcpy(&half, group + 2 * (i * kPanel + column), 2);
+            const uint32_t bits = uint32_t(half) << 16;
+            std::memcpy(x + i, &bits, 4);
+        } else if (kind == WeightKind::int8) {
+            const unsigned char value = group[2 * kPanel + i / 2 * 2 * kPanel + 2 * column + i % 2];
+            x[i] = from_half(scale) * static_cast<int8_t>(value);
+        } else {
+            const int both = group[4 * kPanel + i % 16 / 4 * 4 * kPanel + 4 * column + i % 4];
+            x[i] = from_half(scale) * float(i < 16 ? both & 15 : both >> 4) + from_half(minimum);
+        }
+    }
+}
+
 }  // namespace
 
 PackedLinear::PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind,
-                           const float* bias) {
+                           bool round_inputs, const float* bias) {
     const int num_panels = (num_outputs + kPanel - 1) / kPanel, num_groups = (num_inputs + kGroup - 1) / kGroup;
-    const size_t panel_bytes = kind == WeightKind::f32    ? sizeof(float) * kPanel * num_inputs
-                               : kind == WeightKind::int8 ? size_t(kInt8Bytes) * num_groups
-                                                          : size_t(kInt4Bytes) * num_groups;
+    const size_t panel_bytes = size_t(group_bytes(kind)) * num_groups;
+    const InputKind inputs = !round_inputs              ? InputKind::f32
+                             : kind == WeightKind::int8 ? InputKind::int16
+                             : kind == WeightKind::int4 ? InputKind::int8
+                                                        : InputKind::f32;
     data_ = aligned_array<unsigned char>(num_panels * panel_bytes);
-    weights_ = {kind, num_outputs, num_inputs, num_panels, num_groups, panel_bytes, data_.get()};
+    weights_ = {kind, inputs, num_outputs, num_inputs, num_panels, num_groups, panel_bytes, data_.get()};
     for (int panel = 0; panel < num_panels; ++panel) pack_panel(weight, panel);
     if (bias != nullptr) {
         bias_.assign(size_t(num_panels) * kPanel, 0.0f);
@@ -99,39 +164,12 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
     const int num_columns = std::min(kPanel, w.num_outputs - panel * kPanel);
     const float* first = weight + size_t(panel) * kPanel * w.num_inputs;
     std::memset(target, 0, w.panel_bytes);
-    if (w.kind == WeightKind::f32) {
-        float* out = reinterpret_cast<float*>(target);
-        for (int c = 0; c < num_columns; ++c)
-            for (int k = 0; k < w.num_inputs; ++k) out[k * kPanel + c] = first[size_t(c) * w.num_inputs + k];
-        return;
-    }
-    for (int g = 0; g < w.num_groups; ++g) {
+    for (int g = 0; g < w.num_groups; ++g, target += group_bytes(w.kind)) {
         for (int c = 0; c < num_columns; ++c) {
             float x[kGroup] = {};
             const int count = std::min(kGroup, w.num_inputs - g * kGroup);
             std::copy_n(first + size_t(c) * w.num_inputs + g * kGroup, count, x);
-            const int half = c / 8, lane = c % 8;
-            if (w.kind == WeightKind::int8) {
-                unsigned char* group = target + size_t(g) * kInt8Bytes;
-                const Group rounded = round_int8(x);
-                const uint16_t scale = to_half(rounded.scale);
-                std::memcpy(group + 2 * c, &scale, 2);
-                unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
-                unsigned char bytes[kGroup];
-                for (int i = 0; i < kGroup; ++i) bytes[i] = static_cast<unsigned char>(rounded.values[i]);
-                for (int i = 0; i < kGroup; i += 2) std::memcpy(values + i * 8 + lane * 2, bytes + i, 2);
-            } else {
-                unsigned char* group = target + size_t(g) * kInt4Bytes;
-                const Group rounded = round_int4(x);
-                const uint16_t scale = to_half(rounded.scale), minimum = to_half(rounded.minimum);
-                std::memcpy(group + 2 * c, &scale, 2);
-                std::memcpy(group + 2 * kPanel + 2 * c, &minimum, 2);
-                unsigned char* values = group + 4 * kPanel + half * kGroup * 4;
-                unsigned char bytes[kGroup / 2];
-                for (int i = 0; i < kGroup / 2; ++i)
-                    bytes[i] = static_cast<unsigned char>(rounded.values[i] | rounded.values[i + 16] << 4);
-                for (int i = 0; i < kGroup / 2; i += 4) std::memcpy(values + i * 8 + lane * 4, bytes + i, 4);
-            }
+            is_exact_ = pack_group(w.kind, x, c, target) && is_exact_;
         }
     }
 }
@@ -139,27 +177,11 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
 void PackedLinear::unpack(float* out) const {
     const PackedWeights& w = weights_;
     for (int n = 0; n < w.num_outputs; ++n) {
-        const unsigned char* panel = w.data + size_t(n / kPanel) * w.panel_bytes;
-        const int c = n % kPanel, half = c / 8, lane = c % 8;
-        for (int k = 0; k < w.num_inputs; ++k) {
-            const int g = k / kGroup, i = k % kGroup;
-            float& value = out[size_t(n) * w.num_inputs + k];
-            if (w.kind == WeightKind::f32) {
-                value = reinterpret_cast<const float*>(panel)[k * kPanel + c];
-            } else if (w.kind == WeightKind::int8) {
-                const unsigned char* group = panel + size_t(g) * kInt8Bytes;
-                uint16_t scale;
-                std::memcpy(&scale, group + 2 * c, 2);
-                const unsigned char* values = group + 2 * kPanel + half * kGroup * 8;
-                value = from_half(scale) * static_cast<int8_t>(values[i / 2 * 16 + lane * 2 + i % 2]);
-            } else {
-                const unsigned char* group = panel + size_t(g) * kInt4Bytes;
-                uint16_t scale, minimum;
-                std::memcpy(&scale, group + 2 * c, 2);
-                std::memcpy(&minimum, group + 2 * kPanel + 2 * c, 2);
-                const int both = group[4 * kPanel + half * kGroup * 4 + i % 16 / 4 * 32 + lane * 4 + i % 4];
-                value = from_half(scale) * float(i < 16 ? both & 15 : both >> 4) + from_half(minimum);
-            }
+        const unsigned char* group = w.data + size_t(n / kPanel) * w.panel_bytes;
+        for (int k = 0; k < w.num_inputs; k += kGroup, group += group_bytes(w.kind)) {
+            float x[kGroup];
+            unpack_group(w.kind, group, n % kPanel, x);
+            std::copy_n(x, std::min(kGroup, w.num_inputs - k), out + size_t(n) * w.num_inputs + k);
         }
     }
 }

@@ -26,12 +26,15 @@ std::unique_ptr<T[], AlignedFree> aligned_array(size_t count) {
 
 class PackedLinear {
 public:
-    // weight (num_outputs, num_inputs) row by row.
-    PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind, const float* bias);
+    // weight (num_outputs, num_inputs) row by row. Inputs of int8 and int4 weights are rounded if asked for.
+    PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind, bool round_inputs,
+                 const float* bias);
 
     const PackedWeights& weights() const { return weights_; }
     int num_outputs() const { return weights_.num_outputs; }
     int num_inputs() const { return weights_.num_inputs; }
+    // Whether the weights are kept as they were given.
+    bool is_exact() const { return is_exact_; }
     size_t num_bytes() const { return weights_.num_panels * weights_.panel_bytes; }
     // (num_panels * 16,), or nullptr.
     const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
@@ -44,6 +47,7 @@ private:
     PackedWeights weights_;
     std::unique_ptr<unsigned char[], AlignedFree> data_;
     std::vector<float> bias_;
+    bool is_exact_ = true;
 };
 
 }  // namespace scone

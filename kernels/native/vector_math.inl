@@ -11,6 +11,24 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef int16_t i16x8 __attribute__((vector_size(16)));
 typedef int8_t i8x8 __attribute__((vector_size(8)));
 
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
+};
+
+// body(Constant<count>) for a count below kStrip that is known only now.
+template <class Body>
+static inline void for_rest(int count, const Body& body) {
+    switch (count) {
+        case 5: body(Constant<5>()); break;
+        case 4: body(Constant<4>()); break;
+        case 3: body(Constant<3>()); break;
+        case 2: body(Constant<2>()); break;
+        case 1: body(Constant<1>()); break;
+        default: break;
+    }
+}
+
 static inline f32x8 load(const float* p) {
     f32x8 v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -76,6 +94,13 @@ static inline f32x8 exp8(f32x8 x) {
     const f32x8 power = (f32x8)((exponent + 127) << 23);
     const f32x8 value = p * power;
     return (f32x8)((i32x8)value & ~(i32x8)is_small);
+}
+
+// Eight 16-bit integers, with their signs.
+static inline i32x8 widen(const unsigned char* p) {
+    i16x8 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, i32x8);
 }
 
 static inline float half_to_float(uint16_t h) {

@@ -4,19 +4,29 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "packed_linear.hpp"
 #include "thread_team.hpp"
 
 namespace scone {
 
+// What the compiler and the processor have, best first.
+inline std::vector<const DecoderKernels*> available_kernels() {
+    std::vector<const DecoderKernels*> found;
+    for (const DecoderKernels* kernels : {decoder_kernels_avx512(), decoder_kernels_avx2(), decoder_kernels_portable()})
+        if (kernels != nullptr) found.push_back(kernels);
+    return found;
+}
+
 // Threads, kernels and scratch; one caller at a time.
 class Workspace {
 public:
-    Workspace(int num_threads, bool portable)
-        : team(num_threads),
-          kernels(portable || decoder_kernels_avx2() == nullptr ? decoder_kernels_portable()
-                                                                : decoder_kernels_avx2()) {}
+    // `instruction_set` empty: the best.
+    Workspace(int num_threads, const std::string& instruction_set)
+        : team(num_threads), kernels(find_kernels(instruction_set)) {}
 
     // Room for `rows` rows of `width` inputs prepared for weights of any kind.
     Activations prepared(int rows, int width) {
@@ -38,7 +48,7 @@ public:
     // Runs body(first_row, count) for each strip of rows; then x (rows, width) is prepared in `target`.
     // Called by all threads of the team.
     template <class Body>
-    void prepare(WeightKind kind, const float* x, int rows, int width, const Activations& target, const Body& body) {
+    void prepare(InputKind kind, const float* x, int rows, int width, const Activations& target, const Body& body) {
         team.share((rows + kStrip - 1) / kStrip, 1, [&](int strip, int) {
             const int first = strip * kStrip;
             body(first, std::min(kStrip, rows - first));
@@ -51,6 +61,12 @@ public:
     const DecoderKernels* kernels;
 
 private:
+    static const DecoderKernels* find_kernels(const std::string& name) {
+        for (const DecoderKernels* kernels : available_kernels())
+            if (name.empty() || name == kernels->name) return kernels;
+        throw std::invalid_argument("this processor has no instruction set '" + name + "'");
+    }
+
     std::unique_ptr<char[], AlignedFree> values_;
     std::unique_ptr<float[], AlignedFree> scales_, sums_;
     size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;
@@ -80,7 +96,7 @@ struct Product {
     }
 };
 
-// The products of the same prepared inputs with several maps of one kind. Called by all threads of the team.
+// The products of the same prepared inputs with several maps that take that kind. Called by all threads of the team.
 inline void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<Product> products) {
     int num_panels = 0;
     for (const Product& product : products) num_panels += product.map->weights().num_panels;

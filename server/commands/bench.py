@@ -13,17 +13,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scone.cache.continuation_benchmark import benchmark_continuations
 from scone.cache.lookup_benchmark import LookupBenchmark
 from scone.cache.lookup_workload import hold_out, write_table
+from scone.model_store.checkpoint import open_checkpoint
+from scone.model_store.codec_benchmark import benchmark_codecs
+from scone.model_store.corpus import read_documents
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
+from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize
+from scone.server.commands.plan import cut_prompts
 from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
+from scone.server.plan_benchmark import benchmark_plan
 from scone.server.recycled_benchmark import RecycledBenchmark
-from scone.server.settings import Command, Resolved, Setting, parse_bool
+from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
 
 def run(settings: Resolved) -> int:
@@ -31,6 +40,8 @@ def run(settings: Resolved) -> int:
         "lookup": _lookup,
         "continuations": _continuations,
         "count": _count,
+        "codec": _codec,
+        "plan": _plan,
         "prefill": _prefill,
         "decode": _decode,
         "recycled": _recycled,
@@ -42,6 +53,32 @@ def run(settings: Resolved) -> int:
 def _count(settings: Resolved) -> dict[str, Any]:
     corpus = made_up_corpus(settings.corpus_tokens)
     return benchmark_count(corpus, max_n=4, top=settings.rows, memory_bytes=None)
+
+
+def _codec(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text):
+        raise SettingError("model, table or text is missing: codecs are measured on a real table's rows")
+    checkpoint = open_checkpoint(settings.model)
+    tokenizer = checkpoint.tokenizer()
+    corpus = tokenize(read_documents([str(settings.text)]), tokenizer)
+    stream = TokenStream.from_corpus(corpus, tokenizer)
+    return benchmark_codecs(Path(settings.table), checkpoint, stream, settings.max_tokens)
+
+
+def _plan(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text, settings.ram):
+        raise SettingError("model, table, text or ram is missing: a plan is held against a real table")
+    checkpoint = open_checkpoint(settings.model)
+    text = settings.text.read_text(encoding="utf-8", errors="replace")
+    prompts = cut_prompts(np.asarray(checkpoint.tokenizer().encode(text)), settings.tokens)
+    return _machine("plan") | benchmark_plan(
+        checkpoint,
+        Path(settings.table),
+        prompts,
+        ram_bytes=settings.ram,
+        batch=settings.batch,
+        repeats=settings.repeats,
+    )
 
 
 def _texts(settings: Resolved) -> tuple[TokenCorpus, TokenCorpus]:
@@ -103,7 +140,7 @@ def _decode(settings: Resolved) -> dict[str, Any]:
 def _recycled(settings: Resolved) -> dict[str, Any]:
     if settings.model is None:
         raise SettingError("model is not given: wanted the model whose states are recycled")
-    result = {"benchmark": "recycled", **_here(), "repeats": settings.repeats}
+    result: dict[str, Any] = _machine("recycled") | {"repeats": settings.repeats}
     with _work_folder(settings) as work:
         benchmark = RecycledBenchmark(settings.model, work)
         result["first_token"] = benchmark.first_token(settings.repeats)
@@ -112,13 +149,6 @@ def _recycled(settings: Resolved) -> dict[str, Any]:
             benchmark.identity(max(2, settings.prompts // 10), "torch"),
         ]
     return result
-
-
-def _here() -> dict[str, Any]:
-    return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 @contextmanager
@@ -135,12 +165,15 @@ def _workload(settings: Resolved) -> Iterator[Workload]:
 def _described(name: str, settings: Resolved) -> dict[str, Any]:
     if settings.model is not None and (settings.table is None or settings.text is None):
         raise SettingError("model is given without table or text: wanted all three, or none of them")
+    return _machine(name) | {"rows": settings.rows, "dim": settings.dim, "repeats": settings.repeats}
+
+
+def _machine(benchmark: str) -> dict[str, Any]:
     return {
-        "benchmark": name,
-        **_here(),
-        "rows": settings.rows,
-        "dim": settings.dim,
-        "repeats": settings.repeats,
+        "benchmark": benchmark,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join(("scone", *sys.argv[1:])),
     }
 
 
@@ -155,13 +188,13 @@ def _work_folder(settings: Resolved) -> Iterator[Path]:
 
 COMMAND = Command(
     name="bench",
-    help="measure look-up, counting, prefill or decode; the last line is JSON",
+    help="measure look-up, counting, codecs, predictions, prefill or decode; the last line is JSON",
     settings=(
         Setting(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "continuations", "count", "prefill", "decode", "recycled"),
+            choices=("lookup", "continuations", "count", "codec", "plan", "prefill", "decode", "recycled"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -175,13 +208,22 @@ COMMAND = Command(
         Setting(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
         ),
+        Setting(
+            name="ram",
+            kind=parse_bytes,
+            help="plan: bytes of rows in memory; the others are read from the disk",
+        ),
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
         Setting(
             name="model",
-            help="recycled: the model; prefill, decode: one to measure too, with its table and without",
+            help="prefill, decode: a model to measure too, with its table and without; codec: the table's;"
+            " recycled: the model",
         ),
-        Setting(name="table", help="the table of that model"),
-        Setting(name="text", kind=Path, help="a text file to prompt that model with"),
+        Setting(name="table", help="the table of that model; codec: a raw one"),
+        Setting(name="text", kind=Path, help="a text file to prompt that model with; codec: a corpus file"),
+        Setting(
+            name="max_tokens", kind=int, default=6144, help="codec: tokens of it to compare predictions on"
+        ),
         Setting(
             name="prompts",
             kind=int,

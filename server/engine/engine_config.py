@@ -23,8 +23,9 @@ class EngineConfig:
             past either, `submit` answers `queue_full`.
         max_num_staged_tokens: prompt tokens of waiting requests whose rows may be read ahead.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
-        quantization: how weights are held in memory (native backend only): `none` is float32; `auto` is
-            the smallest format that keeps each weight exactly, as a quantised checkpoint stored it.
+        quantization: how linear maps are computed (native backend only): `none` in float32, on weights
+            held in the smallest format that keeps every bit of them; `auto` with inputs rounded as well
+            where a quantised checkpoint stored weights in 8 or 4 bits, else as `none`.
         backend: `native` kernels or plain `torch`; `auto` is native on a CPU where it was built.
         deterministic: refuse to start unless the same request gives the same tokens and
             log-probabilities alone, in any batch, and with a cold or warm prefix cache (docs/engine.md).

@@ -98,7 +98,7 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
         """Raises SettingError if a setting asks for what this machine or model cannot do."""
-        self.device = decoder.embed_tokens.weight.device
+        self.device = decoder.device
         self.block_size = config.block_size
         shape = decoder.config
         self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers
@@ -237,8 +237,8 @@ def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:
     why_not = None
     if native is None:
         why_not = "the native extension was not built"
-    elif decoder.embed_tokens.weight.device.type != "cpu":
-        why_not = f"the model is on {decoder.embed_tokens.weight.device.type}"
+    elif decoder.device.type != "cpu":
+        why_not = f"the model is on {decoder.device.type}"
     elif decoder.config.head_dim % 8:
         why_not = f"the model's head_dim is {decoder.config.head_dim}, not a multiple of 8"
     if config.backend == "torch":

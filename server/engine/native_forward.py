@@ -29,21 +29,28 @@ class NativeForward:
 
     Attributes:
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
+        layer_bytes, head_bytes: size of the packed weights of all layers, and of the head.
         arithmetic: names all that the bits of its results depend on besides weights and inputs.
     """
 
     def __init__(
-        self, decoder: Decoder, quantization: Quantization, num_threads: int, max_model_len: int
+        self,
+        decoder: Decoder,
+        quantization: Quantization,
+        num_threads: int,
+        max_model_len: int,
+        *,
+        instruction_set: str | None = None,
     ) -> None:
         config = decoder.config
         with ThreadPoolExecutor(num_threads) as pool:
             layers = list(pool.map(partial(_pack, quantization=quantization), decoder.layers))
         # The head decides among all tokens at once: 4 bits would cost more quality than they save time.
-        head_kind = _kind_of([decoder.lm_head], "int8" if quantization == "int4" else quantization)
-        self._workspace = Workspace(num_threads)
+        head_quantization: Quantization = "int8" if quantization == "int4" else quantization
+        self._workspace = Workspace(num_threads, instruction_set=instruction_set)
         self._embed_tokens = decoder.embed_tokens
         self._head_weight = decoder.lm_head.weight
-        self._head = PackedLinear(decoder.lm_head.weight, head_kind)
+        (self._head,) = _pack_maps([decoder.lm_head], head_quantization)
         cos, sin = (x[:, 0, : config.head_dim // 2] for x in decoder.rope(torch.arange(max_model_len)))
         self._decoder = NativeDecoder(
             self._workspace,
@@ -57,14 +64,17 @@ class NativeForward:
             sin=sin,
         )
         self.kinds = [linear.kind for layer in layers for linear in layer.maps]
-        digest = hashlib.sha256(" ".join([*self.kinds, head_kind]).encode()).hexdigest()[:16]
+        self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
+        self.head_bytes = self._head.num_bytes
+        digest = hashlib.sha256(" ".join([*self.kinds, self._head.kind]).encode()).hexdigest()[:16]
         self.arithmetic = f"native {self._workspace.instruction_set}, maps {digest}"
         logger.info(
-            "native %s kernels, %d thread(s); maps of the layers: %s; head: %s",
+            "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",
             self._workspace.instruction_set,
             num_threads,
+            (self.layer_bytes + self.head_bytes) >> 20,
             ", ".join(f"{number} {kind}" for kind, number in Counter(self.kinds).most_common()),
-            head_kind,
+            self._head.kind,
         )
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -102,10 +112,7 @@ def _pack(block: nn.Module, quantization: Quantization) -> LayerWeights:
         [block.gate_proj, block.up_proj],
         [block.down_proj],
     )
-    maps = []
-    for group in groups:
-        kind = _kind_of(group, quantization)
-        maps += [PackedLinear(linear.weight, kind, linear.bias) for linear in group]
+    maps = [packed for group in groups for packed in _pack_maps(group, quantization)]
     return LayerWeights(
         attention_norm=block.attention_norm.weight,
         ffn_norm=block.ffn_norm.weight,
@@ -115,17 +122,36 @@ def _pack(block: nn.Module, quantization: Quantization) -> LayerWeights:
     )
 
 
-def _kind_of(linears: Sequence[nn.Linear], quantization: Quantization) -> WeightKind:
-    """The kind that a setting means for these maps."""
-    if quantization == "none":
-        return "f32"
-    if quantization != "auto":
+def _pack_maps(linears: Sequence[nn.Linear], quantization: Quantization) -> list[PackedLinear]:
+    """Maps that read the same inputs; these are rounded for all of them or for none."""
+    kind = _rounded_kind(linears, quantization)
+    if kind is not None:
+        return [PackedLinear(linear.weight, kind, linear.bias) for linear in linears]
+    return [_pack_exactly(linear) for linear in linears]
+
+
+def _rounded_kind(linears: Sequence[nn.Linear], quantization: Quantization) -> WeightKind | None:
+    """The kind that a setting means for these maps; None if they are to be computed in float32."""
+    if quantization in ("int8", "int4"):
         return quantization
-    kinds: tuple[WeightKind, ...] = ("int4", "int8")
+    if quantization == "auto":
+        kinds: tuple[WeightKind, ...] = ("int4", "int8")
+        for kind in kinds:
+            if all(_keeps(linear.weight, kind) for linear in linears):
+                return kind
+    return None
+
+
+def _pack_exactly(linear: nn.Linear) -> PackedLinear:
+    """A map in float32, its weights held in the smallest format that keeps every bit of them."""
+    kinds: tuple[WeightKind, ...] = ("int4", "int8", "bf16")
     for kind in kinds:
-        if all(_keeps(linear.weight, kind) for linear in linears):
-            return kind
-    return "f32"
+        # Some rows tell most of the time, and spare the packing of all.
+        if PackedLinear(linear.weight[:NUM_SAMPLED_ROWS], kind).is_exact:
+            packed = PackedLinear(linear.weight, kind, linear.bias, round_inputs=False)
+            if packed.is_exact:
+                return packed
+    return PackedLinear(linear.weight, "f32", linear.bias)
 
 
 def _keeps(weight: Tensor, kind: WeightKind) -> bool:

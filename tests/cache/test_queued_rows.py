@@ -50,7 +50,7 @@ def rows_of(pending: QueuedRows, dim: int, dtype: torch.dtype) -> Tensor:
 def test_rows_are_those_of_the_readers(
     tmp_path: Path, zipf_fgrams: FGramSet, write_table: WriteTable, codec: str, reader: str
 ) -> None:
-    dim = 96 if codec == "int4" else 97
+    dim = 96 if codec in ("int4", "fp8") else 97
     table, queue = opened(write_table(tmp_path / "t", zipf_fgrams, dim=dim, codec=codec), reader)
     generator = np.random.default_rng(0)
     last = table.num_fgrams - 1

@@ -1,4 +1,4 @@
-"""Packed linear maps against plain torch on the rounded weights, for both instruction sets."""
+"""Packed linear maps against plain torch on the rounded weights, for each instruction set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from scone.kernels.extension import native
 from scone.kernels.packed_linear import (
+    INSTRUCTION_SETS,
     PackedLinear,
     WeightKind,
     Workspace,
@@ -16,12 +17,21 @@ from scone.kernels.packed_linear import (
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
 
-KINDS: list[WeightKind] = ["f32", "int8", "int4"]
+KINDS: list[WeightKind] = ["f32", "bf16", "int8", "int4"]
 
 
-@pytest.fixture(params=[False, True], ids=["best", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable"])
 def workspace(request: pytest.FixtureRequest) -> Workspace:
-    return Workspace(2, portable=request.param)
+    if request.param not in INSTRUCTION_SETS:
+        pytest.skip(f"this processor has no {request.param}")
+    return Workspace(2, instruction_set=request.param)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        Workspace(1, instruction_set="mmx")
+    assert Workspace(1).instruction_set == INSTRUCTION_SETS[0]
+    assert INSTRUCTION_SETS[-1] == "portable"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,6 +59,50 @@ def test_a_row_is_the_same_bits_in_any_batch(workspace: Workspace, kind: WeightK
     assert torch.equal(linear(Workspace(1), x), linear(Workspace(3), x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_inputs", [31, 300, 576])
+def test_float_inputs_give_the_bits_of_float_weights(
+    workspace: Workspace, kind: WeightKind, num_inputs: int
+) -> None:
+    torch.manual_seed(7)
+    weight, bias = torch.randn(40, num_inputs), torch.randn(40)
+    packed = PackedLinear(weight, kind, bias, round_inputs=False)
+    plain = PackedLinear(packed.weight(), "f32", bias)
+    for rows in (*range(1, 15), 48, 53):
+        x = torch.randn(rows, num_inputs)
+        result = packed(workspace, x)
+        assert torch.equal(result, plain(workspace, x))
+        expected = packed_linear_reference(x, weight, kind, bias, round_inputs=False)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_knows_whether_it_kept_its_weights(kind: WeightKind) -> None:
+    torch.manual_seed(8)
+    weight = torch.randn(70, 300)
+    assert PackedLinear(weight, kind).is_exact == (kind == "f32")
+    rounded = {"f32": weight, "bf16": weight.bfloat16().float()}.get(kind, torch.zeros(70, 300))
+    if kind in ("int8", "int4"):  # a scale that is a power of two, and both ends of its range in each group
+        low, high = (-127, 127) if kind == "int8" else (0, 15)
+        rounded = torch.randint(low, high + 1, (70, 300)).float()
+        rounded[:, ::32], rounded[:, 1::32] = low, high
+        rounded = rounded / 64
+    assert PackedLinear(rounded, kind).is_exact
+    rounded[69, 299] += 1e-3
+    assert PackedLinear(rounded, kind).is_exact == (kind == "f32")
+
+
+@pytest.mark.skipif("avx512" not in INSTRUCTION_SETS, reason="this processor has no avx512")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_inputs", [300, 576])
+def test_avx512_gives_the_bits_of_avx2(kind: WeightKind, num_inputs: int) -> None:
+    torch.manual_seed(6)
+    linear = PackedLinear(torch.randn(70, num_inputs), kind)
+    x = torch.randn(77, num_inputs)
+    ours, theirs = (linear(Workspace(1, instruction_set=name), x) for name in ("avx512", "avx2"))
+    assert torch.equal(ours, theirs)
+
+
 def test_rounding_errors_are_as_small_as_the_formats_allow() -> None:
     torch.manual_seed(2)
     weight = torch.randn(64, 256)
@@ -56,6 +110,7 @@ def test_rounding_errors_are_as_small_as_the_formats_allow() -> None:
         kind: float((PackedLinear(weight, kind).weight() - weight).norm() / weight.norm()) for kind in KINDS
     }
     assert errors["f32"] == 0
+    assert errors["bf16"] < 0.003
     assert errors["int8"] < 0.007
     assert errors["int4"] < 0.09
 

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from scone.kernels.extension import native
-from scone.kernels.packed_linear import WeightKind, rounded_weight_reference
+from scone.kernels.packed_linear import (
+    INSTRUCTION_SETS,
+    PackedLinear,
+    WeightKind,
+    Workspace,
+    rounded_weight_reference,
+)
 from scone.model_store.decoder import Decoder
+from scone.server.engine import native_forward
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
@@ -27,6 +34,23 @@ from .conftest import random_prompt
 pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
 
 CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, block_size=8)
+
+
+def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are packed from now on run on it."""
+    if name not in INSTRUCTION_SETS:
+        pytest.skip(f"this processor has no {name}")
+
+    def workspace(num_threads: int, *, instruction_set: str | None) -> Workspace:
+        assert instruction_set is None
+        return Workspace(num_threads, instruction_set=name)
+
+    monkeypatch.setattr(native_forward, "Workspace", workspace)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_instruction_set(request.param, monkeypatch)
 
 
 def random_decoder(**shape: Any) -> Decoder:
@@ -65,6 +89,7 @@ def hidden_states(runner: ModelRunner, prompts: list[list[int]], cuts: list[int]
 PROMPTS = [random_prompt(seed, length, high=200) for seed, length in enumerate((1, 9, 40, 77))]
 
 
+@pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize(
     "shape",
     [
@@ -96,6 +121,18 @@ def test_int8_equals_torch_on_the_rounded_weights() -> None:
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # inputs are rounded to 16 bits
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_avx512_gives_the_bits_of_avx2(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder(num_heads=6, num_kv_heads=2, head_dim=40, dim=48, ffn_dim=80, qk_norm=True)
+    states = []
+    for name in ("avx512", "avx2"):
+        use_instruction_set(name, monkeypatch)
+        config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
+        states.append(torch.cat(hidden_states(ModelRunner(decoder, config), PROMPTS, [16, 33])))
+    assert torch.equal(*states)
+
+
+@pytest.mark.usefixtures("_instruction_set")
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
     config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
@@ -176,3 +213,24 @@ def test_auto_takes_the_format_that_keeps_the_weights() -> None:
     forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
     assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["f32"] * 7
     assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 21
+
+
+def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder()
+    stored: list[WeightKind] = ["int4", "int8", "bf16"]
+    for block, kind in zip(decoder.layers, stored, strict=False):
+        for linear in block.children():
+            if isinstance(linear, torch.nn.Linear) and kind == "bf16":
+                linear.weight.copy_(linear.weight.bfloat16())
+            elif isinstance(linear, torch.nn.Linear):
+                low, high = (0, 15) if kind == "int4" else (-127, 127)
+                linear.weight.copy_(torch.randint(low, high + 1, linear.weight.shape))
+                linear.weight[:, ::32], linear.weight[:, 1::32] = low, high  # the ends of each group's range
+                linear.weight.mul_(2.0 ** (-5 if kind == "int4" else -9))
+    forward = NativeForward(decoder, "none", num_threads=1, max_model_len=16)
+    assert forward.kinds[:21] == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7
+    config = replace(CONFIG, quantization="none")
+    ours = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
+    plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

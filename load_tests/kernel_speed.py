@@ -1,0 +1,174 @@
+"""What the native kernels take of a step: `python -m load_tests.kernel_speed --model MODEL`
+
+Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences and
+the prefill of one prompt, for each quantisation and each instruction set that the processor has. Times are
+the least and the median over rounds in which all of them take turns. `gflops` counts two operations a
+weight of the maps used; `gbs` the bytes of their packed weights, which a step of few sequences reads once.
+The last line is one JSON object.
+
+What the machine itself can do is measured beside: a large float32 product and the sum of a large array, by
+torch with as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from scone.kernels.packed_linear import INSTRUCTION_SETS
+from scone.kernels.paged_attention import PagedBatch
+from scone.model_store.checkpoint import open_checkpoint
+from scone.model_store.decoder import Decoder
+from scone.server.engine.native_forward import NativeForward
+
+BLOCK_SIZE = 16
+ROUND_SECONDS = 0.1
+"""How long one piece is called again and again in a round."""
+
+
+class Step(NamedTuple):
+    """One step: `num_seqs` sequences, each with `num_tokens` new tokens at the end of its context."""
+
+    name: str
+    num_seqs: int
+    num_tokens: int
+    context_len: int
+
+
+STEPS = (
+    Step("decode 1", 1, 1, 64),
+    Step("decode 8", 8, 1, 64),
+    Step("decode 32", 32, 1, 64),
+    Step("prefill 512", 1, 512, 512),
+)
+
+
+class Bench:
+    """One packed model and a cache for the largest step."""
+
+    def __init__(self, decoder: Decoder, quantization: Any, instruction_set: str, num_threads: int) -> None:
+        longest = max(step.context_len for step in STEPS)
+        self.forward = NativeForward(
+            decoder, quantization, num_threads, longest, instruction_set=instruction_set
+        )
+        shape = decoder.config
+        maps = [p.numel() for name, p in decoder.named_parameters() if "_proj.weight" in name]
+        self.num_weights = {"layers": sum(maps), "head": decoder.lm_head.weight.numel()}
+        self.num_bytes = {"layers": self.forward.layer_bytes, "head": self.forward.head_bytes}
+        self._dim = shape.dim
+        blocks = max(step.num_seqs * -(-step.context_len // BLOCK_SIZE) for step in STEPS)
+        size = (shape.num_layers, blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        self._k_cache, self._v_cache = torch.zeros(size), torch.zeros(size)
+
+    def pieces(self, step: Step) -> dict[str, Callable[[], Any]]:
+        """The layers and the head of a step, ready to be called again and again."""
+        num_rows = step.num_seqs * step.num_tokens
+        blocks = -(-step.context_len // BLOCK_SIZE)
+        first = step.context_len - step.num_tokens
+        batch = PagedBatch(
+            query_starts=torch.arange(0, num_rows + 1, step.num_tokens, dtype=torch.int32),
+            context_lens=torch.full((step.num_seqs,), step.context_len, dtype=torch.int32),
+            block_tables=torch.arange(step.num_seqs * blocks, dtype=torch.int32).view(step.num_seqs, blocks),
+            slots=torch.empty(0, dtype=torch.int64),  # the native kernels find them in the block tables
+        )
+        positions = torch.arange(first, step.context_len, dtype=torch.int32).repeat(step.num_seqs)
+        embeddings = torch.randn(num_rows, self._dim, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(step.num_seqs, self._dim, generator=torch.Generator().manual_seed(1))
+        return {
+            "layers": lambda: self.forward.forward(
+                embeddings.clone(), positions, batch, self._k_cache, self._v_cache
+            ),
+            "head": partial(self.forward.logits, hidden),
+        }
+
+
+def seconds(call: Callable[[], Any], at_least: float) -> list[float]:
+    """Times of single calls, at least two and for that long."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < at_least:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def machine_speed(rounds: int) -> dict[str, float]:
+    """Best of some rounds: float32 GFLOP/s of a product, GB/s of reading 256 MB."""
+    a, many = torch.randn(1024, 1024), torch.ones(64 << 20)
+    product = min(t for _ in range(rounds) for t in seconds(lambda: a @ a, ROUND_SECONDS))
+    reading = min(t for _ in range(rounds) for t in seconds(many.sum, ROUND_SECONDS))
+    return {"product_gflops": 2 * 1024**3 / product / 1e9, "read_gbs": many.nbytes / reading / 1e9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What the native kernels take of a step.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--quantization", nargs="+", default=["none", "auto"])
+    parser.add_argument("--instruction-sets", nargs="+", default=INSTRUCTION_SETS[:-1], metavar="SET")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    decoder = open_checkpoint(arguments.model).decoder()
+    times: dict[tuple[str, str, Step, str], list[float]] = {}
+    with torch.inference_mode():
+        benches = {
+            (quantization, name): Bench(decoder, quantization, name, arguments.threads)
+            for quantization in arguments.quantization
+            for name in arguments.instruction_sets
+        }
+        calls = {
+            (*key, step, piece): call
+            for step in STEPS
+            for key, bench in benches.items()
+            for piece, call in bench.pieces(step).items()
+        }
+        for _ in range(arguments.rounds):
+            for place, call in calls.items():
+                call()  # the one before left other weights in the caches
+                times.setdefault(place, []).extend(seconds(call, ROUND_SECONDS))
+    results = []
+    for (quantization, name, step, piece), taken in times.items():
+        bench = benches[quantization, name]
+        rows = step.num_seqs * (step.num_tokens if piece == "layers" else 1)
+        results.append(
+            {
+                "quantization": quantization,
+                "instruction_set": name,
+                "step": step.name,
+                "piece": piece,
+                "best_ms": 1e3 * min(taken),
+                "median_ms": 1e3 * median(taken),
+                "gflops": 2e-9 * bench.num_weights[piece] * rows / min(taken),
+                "gbs": 1e-9 * bench.num_bytes[piece] / min(taken),
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+    document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": platform.platform(),
+        "model": Path(arguments.model).name,
+        "threads": arguments.threads,
+        **machine_speed(arguments.rounds),
+        "results": results,
+    }
+    print(json.dumps(document))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
