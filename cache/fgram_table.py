@@ -24,6 +24,8 @@ from scone.cache.errors import CacheError, RowReadError
 from scone.cache.queued_rows import RowQueue
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
+from scone.cache.row_share import RowShare
+from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
 from scone.cache.table_config import TableConfig
 from scone.kernels.errors import DamagedDataError
@@ -75,6 +77,7 @@ class FGramTable:
         self._files = files
         self._disk = disk
         self._ram = ram
+        self._share: RowShare | None = None
         self._num_rows = files.manifest.num_fgrams
         self._row_bytes = files.manifest.row_bytes
         self._only_disk = ((disk, 0, self._num_rows),)
@@ -105,7 +108,10 @@ class FGramTable:
             disk = MappedReader(files, config.num_threads)
         num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
         ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
-        return cls(files, disk, ram, stats, config.device_bytes)
+        table = cls(files, disk, ram, stats, config.device_bytes)
+        if ram is not None and config.memory is not None:
+            table._share = RowShare(config.memory, ram, RowWorth(manifest, table.stats))
+        return table
 
     @property
     def manifest(self) -> TableManifest:
@@ -288,12 +294,17 @@ class FGramTable:
             RowReadError: a row cannot be read or is damaged; `out` is then undefined.
         """
         ids = _row_id_array(row_ids)
-        for reader, begin, end in self._plan():
-            started = time.perf_counter()
-            num_rows = reader.read_into(ids, begin, end, out)
-            if num_rows:
-                seconds = time.perf_counter() - started
-                self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
+        ram = self._ram
+        while True:
+            num_shrinks = 0 if ram is None else ram.num_shrinks
+            for reader, begin, end in self._plan():
+                started = time.perf_counter()
+                num_rows = reader.read_into(ids, begin, end, out)
+                if num_rows:
+                    seconds = time.perf_counter() - started
+                    self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
+            if ram is None or ram.num_shrinks == num_shrinks:
+                return  # else rows may have been given up before they were read
 
     @property
     def never_waits(self) -> bool:
@@ -326,6 +337,8 @@ class FGramTable:
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
+        if self._share is not None:
+            self._share.leave()
         if self._ram is not None:
             self._ram.close()
         self._disk.close()

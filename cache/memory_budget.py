@@ -65,6 +65,14 @@ class MemoryBudget:
             self._evict(self.used_bytes - total_bytes, float("inf"))
             return max(0, self.used_bytes - total_bytes)
 
+    def take_back(self, name: str, num_bytes: int) -> None:
+        """Has the parties of this name give back what is missing for `num_bytes` to be free."""
+        with self.lock:
+            for share in self._shares:
+                missing = num_bytes - self.free_bytes
+                if share.name == name and share.evict is not None and missing > 0:
+                    share.evict(missing, float("inf"))
+
     def _evict(self, num_bytes: int, below: float) -> None:
         """Frees up to `num_bytes`, from the party that loses least first; the lock is held."""
         asked = [share for share in self._shares if share.evict is not None]

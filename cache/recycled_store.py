@@ -30,6 +30,9 @@ from scone.cache.state_worth import Worth
 
 _ROUND_SECONDS = 1.0
 _MAX_USES = 10_000
+_IN_FLIGHT_SHARE = 8
+LEAST_QUEUE_BYTES = 4 << 20
+"""What may wait to be written however small the RAM budget is, beyond it if need be."""
 
 TokenIds = NDArray[np.int32] | bytes
 
@@ -75,7 +78,11 @@ class RecycledStore:
         self._uses: defaultdict[bytes, list[float]] = defaultdict(list)
         self._uses_lock = threading.Lock()
         self._next_round = 0.0
-        self._writer = RecycledWriter(self, stats, config.queue_length, config.queue_bytes)
+        # Payloads on their way belong to the budget too, but a small one must not stop all writing.
+        self._in_flight = memory.join("recycled writes")
+        num_bytes = min(config.queue_bytes, memory.total_bytes // _IN_FLIGHT_SHARE)
+        self._in_flight.reserve(num_bytes)
+        self._writer = RecycledWriter(self, stats, config.queue_length, max(num_bytes, LEAST_QUEUE_BYTES))
 
     @classmethod
     def open(
@@ -165,14 +172,21 @@ class RecycledStore:
             with self._uses_lock:
                 if len(self._uses) < _MAX_USES:
                     self._uses[record.name].append(now)
-        if worth is not None and self._ram.wants(record, worth.used(now)):
+        in_ram = None if worth is None else self._worth_in_ram(worth.used(now), record)
+        if in_ram is not None and self._ram.wants(record, in_ram):
             own = record.payload.copy() if record.payload is out else record.payload
-            self._ram.put(replace(record, payload=own), worth.used(now))
+            self._ram.put(replace(record, payload=own), in_ram)
         if out is None:
             return record.payload
         if record.payload is not out:
             out[:] = record.payload
         return out
+
+    def _worth_in_ram(self, worth: Worth, record: Record) -> Worth:
+        """Of a state that is on disk as well, no more than a read from there is saved."""
+        if self._disk is None:
+            return worth
+        return worth.capped(self.read_speeds["disk"].seconds(record.num_bytes), record.num_bytes)
 
     def _discard(self, tier: StateTier, name: bytes) -> None:
         if tier == "ram":
@@ -234,6 +248,7 @@ class RecycledStore:
         """Ends the writer; writes that wait are dropped, those under way finish."""
         self._writer.close()
         self._ram.close()
+        self._in_flight.leave()
         if self._disk is not None:
             self._disk.close()
 
@@ -253,7 +268,7 @@ class RecycledStore:
         rated = [(r, Worth.new(cost, r.num_bytes, depth, now)) for r, cost, depth in records]
         results = {}
         for record, worth in rated:
-            kept = self._ram.put(record, worth)
+            kept = self._ram.put(record, self._worth_in_ram(worth, record))
             results[record.name] = "stored" if kept else "refused"
             if kept:
                 self.stats.add_stored(kind_of(record.name), "ram", len(record.payload))

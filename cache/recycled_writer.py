@@ -18,7 +18,7 @@ from scone.cache.recycled_stats import RecycledStats
 
 logger = logging.getLogger(__name__)
 
-_BATCH_BYTES = 16 << 20
+_MAX_BATCH_BYTES = 16 << 20
 _IDLE_SECONDS = 0.2
 
 
@@ -55,7 +55,9 @@ class RecycledWriter:
     def __init__(self, sink: StateSink, stats: RecycledStats, max_jobs: int, max_bytes: int) -> None:
         self._sink = sink
         self._stats = stats
-        self._max_jobs, self._max_bytes = max_jobs, max_bytes
+        # Half may wait, half be on its way to the disk; but one payload, of whatever size, always may.
+        self._max_jobs, self._max_bytes = max_jobs, max_bytes // 2
+        self._batch_bytes = min(_MAX_BATCH_BYTES, max_bytes // 2)
         self._jobs: deque[Job] = deque()
         self._waiting_bytes = 0
         self._busy = False
@@ -72,8 +74,8 @@ class RecycledWriter:
         """False: the queue is full or closed, and the job was ended."""
         num_bytes = job.known_bytes
         with self._changed:
-            fits = len(self._jobs) < self._max_jobs and self._waiting_bytes + num_bytes <= self._max_bytes
-            if fits and not self._closed:
+            fits = not self._waiting_bytes or self._waiting_bytes + num_bytes <= self._max_bytes
+            if fits and len(self._jobs) < self._max_jobs and not self._closed:
                 self._jobs.append(job)
                 self._waiting_bytes += num_bytes
                 self._changed.notify_all()
@@ -116,7 +118,7 @@ class RecycledWriter:
     def _write_batch(self) -> None:
         batch: list[tuple[Record, float, int]] = []
         num_bytes = 0
-        while num_bytes < _BATCH_BYTES:
+        while num_bytes < self._batch_bytes:
             with self._changed:
                 if not self._jobs:
                     break

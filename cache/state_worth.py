@@ -42,6 +42,13 @@ class Worth:
         """Orders states by what they are worth, at any time."""
         return self.density + self.uses
 
+    def capped(self, most_seconds: float | None, num_bytes: int) -> Worth:
+        """The same, where a use saves at most so many seconds; None: no limit is known."""
+        if most_seconds is None:
+            return self
+        most = math.log2(max(most_seconds, _LEAST_SECONDS) / max(num_bytes, 1))
+        return Worth(min(self.density, most), self.uses)
+
     def used(self, now: float) -> Worth:
         """After one more use."""
         use = now / HALF_LIFE_SECONDS

@@ -61,6 +61,16 @@ def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: Mem
     )
 
 
+def _reserve_staging(memory: MemoryBudget, num_bytes: int) -> None:
+    """The rings take their part of the budget; nothing is served without them, so they are there anyway."""
+    if not memory.join("staging").reserve(num_bytes):
+        logger.warning(
+            "ram_bytes is %d, and the staging rings take %d beyond what is free of it: give it more",
+            memory.total_bytes,
+            num_bytes,
+        )
+
+
 class ModelLoader:
     """Loads step by step; says each step in the log and in `startup_seconds{phase}`."""
 
@@ -84,7 +94,7 @@ class ModelLoader:
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
+                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
         with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
@@ -109,6 +119,7 @@ class ModelLoader:
             recycled = None
             if store is not None and memory is not None:
                 recycled = served_recycled(settings.recycled, store, engine, memory)
+                _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
                 self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
             self._metrics.watch_engine(engine.stats)

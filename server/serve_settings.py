@@ -299,9 +299,10 @@ def memory_budget(settings: Resolved) -> MemoryBudget | None:
     return MemoryBudget(auto_bytes() if settings.ram_bytes is None else settings.ram_bytes)
 
 
-def table_config(settings: Resolved, num_threads: int) -> TableConfig:
+def table_config(settings: Resolved, num_threads: int, memory: MemoryBudget | None = None) -> TableConfig:
     """How the table is read; raises CacheError."""
     return TableConfig(
+        memory=memory,
         ram_bytes=settings.ram_bytes,
         device_bytes=settings.device_bytes,
         disk_reader=settings.disk_reader,

@@ -1,4 +1,4 @@
-"""`scone recycled`: what a store of recycled states holds, and emptying it; also while servers use it."""
+"""`scone recycled`: what a store of recycled states holds; emptying and resizing it while servers use it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from scone.cache.errors import CacheError, StoreVersionError
 from scone.cache.recycled_disk import RecycledDisk, is_store, remove_store
 from scone.cache.recycled_stats import KINDS, Kind, RecycledStats
-from scone.server.settings import Command, Resolved, Setting, parse_bool
+from scone.server.errors import SettingError
+from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
-_ACTIONS = ("stats", "clear")
+_ACTIONS = ("stats", "clear", "resize")
 
 
 def run(settings: Resolved) -> int:
@@ -22,6 +23,10 @@ def run(settings: Resolved) -> int:
         num_cleared = clear(path, settings.kind)
         print(f"{path}: {num_cleared} states removed" if num_cleared is not None else f"{path}: removed")
         return 0
+    if settings.action == "resize":
+        if settings.disk_bytes is None:
+            raise SettingError("disk_bytes is missing: give the store's new budget, as in --disk-bytes 4GiB")
+        RecycledDisk(path, settings.disk_bytes, RecycledStats()).close()
     facts = store_facts(path)
     if settings.json:
         print(json.dumps(facts))
@@ -65,11 +70,14 @@ def clear(path: Path, kind: Kind | None) -> int | None:
 
 COMMAND = Command(
     name="recycled",
-    help="show or empty a store of recycled states; running servers go on, with what they hold in memory",
+    help="show, empty or resize a store of recycled states; running servers keep what they have in memory",
     settings=(
         Setting(name="action", positional=True, required=True, choices=_ACTIONS, help="what to do"),
         Setting(name="path", kind=Path, positional=True, required=True, help="folder of the store"),
         Setting(name="kind", choices=KINDS, help="clear only these (default: all)"),
+        Setting(
+            name="disk_bytes", kind=parse_bytes, help="resize to this budget, for all servers that use it"
+        ),
         Setting(name="json", kind=parse_bool, default=False, help="print one JSON object"),
     ),
     run=run,

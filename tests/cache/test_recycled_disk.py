@@ -18,7 +18,7 @@ import pytest
 
 from scone.cache.errors import CacheError
 from scone.cache.recycled_disk import RecycledDisk
-from scone.cache.recycled_header import HEADER_NAME
+from scone.cache.recycled_header import HEADER_NAME, NUM_SHARDS
 from scone.cache.recycled_layout import (
     CHUNK_BYTES,
     IN_LEAF_BYTES,
@@ -28,7 +28,8 @@ from scone.cache.recycled_layout import (
     order_key,
     score_in_order_key,
 )
-from scone.cache.recycled_record import Record, state_key
+from scone.cache.recycled_record import Record, id_bytes, state_key
+from scone.cache.recycled_shard import RecycledShard
 from scone.cache.recycled_stats import RecycledStats
 from scone.cache.state_worth import Worth
 
@@ -381,3 +382,25 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
     RecycledDisk(tmp_path, BUDGET, RecycledStats()).close()
     assert not (tmp_path / "shard-0.7.lmdb").exists()
     assert (tmp_path / "shard-0.0.lmdb").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_bytes", "number", "most"),
+    [(16, 737_280, 40, 1.01), (500, 1_152_000, 20, 1.01), (500, 2304, 800, 2.0), (500, 4000, 800, 1.4)],
+)
+def test_storage_overhead(tmp_path: Path, num_tokens: int, num_bytes: int, number: int, most: float) -> None:
+    """What docs/recycled.md says a state takes."""
+    disk = RecycledDisk(tmp_path, 1 << 30, RecycledStats())
+    ids = id_bytes(np.arange(num_tokens, dtype=np.int32))
+    empty = used_bytes(disk)
+    rng = random.Random(0)
+    records = [
+        Record.make(state_key("blocks", rng.randbytes(32)), ids, BYTES[:num_bytes]) for _ in range(number)
+    ]
+    disk.write([(r, worth(rng.random())) for r in records])
+    assert 1.0 < (used_bytes(disk) - empty) / number / num_bytes < most
+    disk.close()
+
+
+def used_bytes(disk: RecycledDisk) -> int:
+    return sum(disk._run(place, RecycledShard.used_bytes, 0) for place in range(NUM_SHARDS))

@@ -55,12 +55,19 @@ def test_stats_and_clear_beside_a_running_server(store: RecycledStore, tmp_path:
     assert store.flush(30)
     assert store.read("blocks", bytes(32), IDS) is not None
     assert "blocks                1 states" in scone("stats", path)
+    assert "of 100,000,000 bytes" in scone("resize", path, "--disk-bytes", "100MB")
+    assert store._disk is not None
+    assert store._disk.disk_bytes == 100_000_000
+    assert store.read("blocks", bytes(32), IDS) is not None
 
 
 def test_what_is_no_store_is_not_made_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recycled", "stats", str(tmp_path / "nowhere")]) == 1
     assert "there is no store of recycled states" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
+    RecycledStore.open(tmp_path, RecycledConfig(disk_bytes=64 << 20), MemoryBudget(0)).close()
+    assert main(["recycled", "resize", str(tmp_path)]) == 2
+    assert "disk_bytes is missing" in capsys.readouterr().err
 
 
 def test_clear_removes_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
