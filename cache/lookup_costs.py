@@ -92,7 +92,7 @@ def measure_lookup_costs(
         with FGramTable.open(path, TableConfig(disk_reader="direct", io_depth=config.io_depth)) as table:
             many = max(2, min(_num_disk_rows(pattern), table.num_fgrams))
             one, all_of_them = _disk_us(table, 1), _disk_us(table, many)
-    each = (all_of_them - one) / (many - 1)
+    each = max(0.0, (all_of_them - one) / (many - 1))  # other work may have slowed down the first
     return LookupCosts(prompt, step, max(0.0, one - each), each)
 
 
@@ -168,7 +168,7 @@ def _disk_us(table: FGramTable, num_rows: int) -> float:
     rng = np.random.default_rng(num_rows)
     ids = [rng.choice(table.num_fgrams, num_rows, replace=False) for _ in range(_DISK_REPEATS)]
     out = torch.empty(num_rows, table.dim, dtype=table.dtype)
-    return statistics.fmean(cold_microseconds(lambda i: table.read_into(ids[i], out), len(ids)))
+    return statistics.median(cold_microseconds(lambda i: table.read_into(ids[i], out), len(ids)))
 
 
 def cold_microseconds(do: Callable[[int], object], times: int) -> list[float]:
