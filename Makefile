@@ -29,7 +29,7 @@ SANITIZED := build/sanitized/lib
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-clients check bench bench-rivals docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-ray test-clients check bench bench-rivals docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -67,6 +67,10 @@ test-clients: $(VENV)/.test $(DEMO_GGUF) links ## drive a server with lm-eval an
 test-triton: $(VENV)/.test links ## check the Triton kernels without a GPU (installs Triton, 1 GB, in a folder of its own)
 	@test -d .venv-triton/triton || $(PIP) --no-deps --target .venv-triton 'triton>=3.4'
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m heavy tests/kernels/test_triton_kernels.py
+
+test-ray: $(VENV)/.test links ## count and embed on Ray Data and compare with the local path (installs Ray, minutes)
+	@$(BIN)/python -c 'import ray.data' 2>/dev/null || $(PIP) 'ray[data]>=2.40'
+	$(BIN)/python -m pytest -m heavy tests/model_store/test_ray_engine.py
 
 check: $(VENV)/.test links ## check format, lint, types and floors
 	$(BIN)/ruff format --check .
@@ -137,7 +141,7 @@ $(DEMO_GGUF): | $(VENV)/.run
 	@echo "==> fetching the demo model (98 MB)"
 	@$(BIN)/python -m scone.model_store.fetch_demo $@
 
-$(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) | $(DEMO_GGUF)
+$(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) model_store/FORMAT.md | $(DEMO_GGUF)
 	@echo "==> building the demo table (a minute or two)"
-	@rm -rf $(DEMO_TABLE) # of an older checkpoint
+	@rm -rf $(DEMO_TABLE) # of an older checkpoint or format
 	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(wildcard $(DEMO_MODEL)/*.fgrams) --backend mmap --codec raw --out $(DEMO_TABLE)

@@ -1,5 +1,5 @@
-"""Staging to a CUDA device: pinned host memory, one side stream for copies, the caller's stream for the
-model.
+"""Staging to a CUDA device: pinned host memory, one side stream for copies, one for copies back to the host,
+the caller's stream for the model.
 
 Copies from pinned memory run on the side stream while the model computes; nothing is allocated after
 start-up, so addresses are fixed and the consuming step may be captured in a CUDA graph.
@@ -28,6 +28,7 @@ class CudaDevice:
         self.usage = DeviceUsage()
         self._device = device
         self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._save_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         memory = torch.empty(shape, dtype=dtype, device=self._device)
@@ -50,6 +51,14 @@ class CudaDevice:
         self.usage.copied_bytes += source.nbytes
         with torch.cuda.stream(self._copy_stream):
             target.copy_(source, non_blocking=True)
+
+    def copy_to_host(self, source: Tensor, after: Event) -> Tensor:
+        with torch.cuda.stream(self._save_stream):  # beside the model and the copies that it waits for
+            self._save_stream.wait_event(after)
+            host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            host.copy_(source.contiguous(), non_blocking=True)
+            self._save_stream.synchronize()
+        return host
 
     def launch(self, kernel: Callable[[], object]) -> None:
         kernel()  # torch queues it on the current stream

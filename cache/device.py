@@ -71,6 +71,9 @@ class Device(Protocol):
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         """Queues a copy on the copy stream; `source`, of a buffer's host side, is read when it runs."""
 
+    def copy_to_host(self, source: Tensor, after: Event) -> Tensor:
+        """New host memory with what `source` holds once `after` is reached; blocks, may be on any thread."""
+
     def launch(self, kernel: Callable[[], object]) -> None:
         """Queues work of the model on the compute stream."""
 
@@ -108,6 +111,10 @@ class CpuDevice:
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
         pass
+
+    def copy_to_host(self, source: Tensor, after: Event) -> Tensor:
+        # NumPy's: torch would start threads beside those of the model.
+        return torch.from_numpy(source.view(torch.uint8).numpy().copy()).view(source.dtype)
 
     def launch(self, kernel: Callable[[], object]) -> None:
         kernel()

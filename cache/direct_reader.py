@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.queued_rows import RowQueue
+from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
-from scone.kernels.disk_read import SpanReader, open_span_reader
-from scone.kernels.gather import CHECK_BYTES, decode_rows
+from scone.kernels.disk_read import RowsOut, SpanReader, open_span_reader
+from scone.kernels.gather import CHECK_BYTES, check_ids
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
@@ -51,6 +53,7 @@ class DirectReader:
         return self._spans.name
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
+        check_ids(row_ids, self._files.manifest.num_fgrams)
         wanted = (row_ids >= begin) & (row_ids < end)
         num_rows = int(np.count_nonzero(wanted))
         if num_rows == 0:
@@ -60,12 +63,13 @@ class DirectReader:
         pages = _pages_of(first_byte // CHECK_BYTES, (first_byte + row_bytes - 1) // CHECK_BYTES)
         buffer = self._take_buffer(len(pages) * CHECK_BYTES)
         try:
-            self._read_pages(pages, buffer)
-            offsets = np.full(len(row_ids), -1, np.int64)
-            slot = np.searchsorted(pages, first_byte // CHECK_BYTES)
             # the pages of one row are neighbours in the file, hence in the buffer
-            offsets[wanted] = slot * CHECK_BYTES + first_byte % CHECK_BYTES
-            decode_rows(buffer, offsets, self._codec, out)
+            offsets = (
+                np.searchsorted(pages, first_byte // CHECK_BYTES) * CHECK_BYTES + first_byte % CHECK_BYTES
+            )
+            order = np.argsort(offsets, kind="stable")
+            rows = RowsOut(offsets[order], np.flatnonzero(wanted)[order], self._codec, out)
+            self._read_pages(pages, buffer, rows)
         finally:
             self._return_buffer(buffer)
         return num_rows
@@ -76,14 +80,17 @@ class DirectReader:
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Nothing: a read asks for all its rows at once."""
 
+    def open_queue(self, stats: TableStats) -> RowQueue | None:
+        return RowQueue.open(self._files, self._fd, stats)
+
     def close(self) -> None:
         """Closes the file; no read may be under way."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _read_pages(self, pages: NDArray[np.int64], buffer: NDArray[np.uint8]) -> None:
-        """Reads pages of the row stream (sorted, distinct) back to back into `buffer`, and checks them."""
+    def _read_pages(self, pages: NDArray[np.int64], buffer: NDArray[np.uint8], rows: RowsOut) -> None:
+        """Reads pages of the row stream (sorted, distinct) back to back into `buffer`; checks them."""
         starts = _span_starts(pages)
         counts = np.diff(np.append(starts, len(pages)))
         sums = np.empty(len(pages), np.uint32)
@@ -94,6 +101,7 @@ class DirectReader:
                 starts * CHECK_BYTES,
                 buffer,
                 sums,
+                rows,
             )
         except OSError as error:
             raise RowReadError(f"cannot read {self._files.rows_path}: {error.strerror}") from None

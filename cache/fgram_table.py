@@ -21,12 +21,14 @@ from scone.cache.device import CpuDevice, Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
+from scone.cache.queued_rows import RowQueue
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
+from scone.cache.row_share import RowShare
+from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
 from scone.cache.table_config import TableConfig
 from scone.kernels.errors import DamagedDataError
-from scone.kernels.gather import largest_id
 from scone.kernels.match import Matcher, Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
@@ -75,8 +77,11 @@ class FGramTable:
         self._files = files
         self._disk = disk
         self._ram = ram
+        self._share: RowShare | None = None
         self._num_rows = files.manifest.num_fgrams
         self._row_bytes = files.manifest.row_bytes
+        self._only_disk = ((disk, 0, self._num_rows),)
+        self._only_ram = () if ram is None else ((ram, 0, self._num_rows),)
 
     @classmethod
     def open(
@@ -103,7 +108,10 @@ class FGramTable:
             disk = MappedReader(files, config.num_threads)
         num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
         ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
-        return cls(files, disk, ram, stats, config.device_bytes)
+        table = cls(files, disk, ram, stats, config.device_bytes)
+        if ram is not None and config.memory is not None:
+            table._share = RowShare(config.memory, ram, RowWorth(manifest, table.stats))
+        return table
 
     @property
     def manifest(self) -> TableManifest:
@@ -243,10 +251,27 @@ class FGramTable:
         except DamagedDataError as error:
             raise self._index_error(error) from None
 
-    def match_ends(self, sequences: list[list[int]]) -> Matches:
-        """As `match_last`, of whole sequences of token ids: the last `max_n` of each count."""
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int:
+        """As `match_last`, of whole sequences of token ids: appends each one's row id to its list of row ids.
+
+        Args:
+            wanted: (at least batch,) int64; the ids that are not -1, one after the other, are written here.
+            places: (at least batch,) int64; whose they are.
+
+        Returns:
+            How many are not -1.
+
+        Raises:
+            RowReadError: the index is damaged or cannot be read; nothing was appended.
+        """
         try:
-            return self._matcher.match_ends(sequences)
+            return self._matcher.match_newest(sequences, row_ids, wanted, places)
         except DamagedDataError as error:
             raise self._index_error(error) from None
 
@@ -269,14 +294,17 @@ class FGramTable:
             RowReadError: a row cannot be read or is damaged; `out` is then undefined.
         """
         ids = _row_id_array(row_ids)
-        if (largest := largest_id(ids)) >= self._num_rows:
-            raise IndexError(f"row id {largest} is beyond the table's {self._num_rows} rows")
-        for reader, begin, end in self._plan():
-            started = time.perf_counter()
-            num_rows = reader.read_into(ids, begin, end, out)
-            if num_rows:
-                seconds = time.perf_counter() - started
-                self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
+        ram = self._ram
+        while True:
+            num_shrinks = 0 if ram is None else ram.num_shrinks
+            for reader, begin, end in self._plan():
+                started = time.perf_counter()
+                num_rows = reader.read_into(ids, begin, end, out)
+                if num_rows:
+                    seconds = time.perf_counter() - started
+                    self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
+            if ram is None or ram.num_shrinks == num_shrinks:
+                return  # else rows may have been given up before they were read
 
     @property
     def never_waits(self) -> bool:
@@ -295,6 +323,10 @@ class FGramTable:
         """Asks the disk for rows (n,) that are about to be read one after the other."""
         self._disk.will_need(row_ids, self._ram.num_loaded if self._ram else 0, self._num_rows)
 
+    def open_queue(self) -> RowQueue | None:
+        """For one thread: a few rows at a time without a thread between; None where there is no way."""
+        return self._disk.open_queue(self.stats)
+
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""
         ids = _row_id_array(row_ids)
@@ -305,6 +337,8 @@ class FGramTable:
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
+        if self._share is not None:
+            self._share.leave()
         if self._ram is not None:
             self._ram.close()
         self._disk.close()
@@ -315,15 +349,14 @@ class FGramTable:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plan(self) -> list[tuple[RamRows | RowReader, int, int]]:
+    def _plan(self) -> Sequence[tuple[RamRows | RowReader, int, int]]:
         """Who reads which rows: the RAM tier what it has loaded, the disk the rest."""
-        num_ram_rows = self._ram.num_loaded if self._ram else 0
-        plan: list[tuple[RamRows | RowReader, int, int]] = []
-        if self._ram is not None and num_ram_rows:
-            plan.append((self._ram, 0, num_ram_rows))
-        if num_ram_rows < self._num_rows:
-            plan.append((self._disk, num_ram_rows, self._num_rows))
-        return plan
+        if self._ram is None:
+            return self._only_disk
+        num_ram_rows = self._ram.num_loaded
+        if num_ram_rows == self._num_rows:
+            return self._only_ram
+        return ((self._ram, 0, num_ram_rows), (self._disk, num_ram_rows, self._num_rows))
 
     def _index_error(self, error: DamagedDataError) -> RowReadError:
         return RowReadError(f"{self._files.path}: {error}; check the table with `scone verify`")
@@ -331,7 +364,7 @@ class FGramTable:
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:
     array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
-    return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
+    return array if array.dtype == np.int64 or array.dtype == np.int32 else array.astype(np.int64)
 
 
 def _row_id_array(row_ids: Ids) -> NDArray[np.int64]:

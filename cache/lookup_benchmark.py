@@ -251,16 +251,18 @@ def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str
 def _medians(ways: dict[str, Way], num: int) -> dict[str, float]:
     """Median seconds of each way over pieces 0 to num - 1, the ways taking turns.
 
-    Each piece is done once before: on a virtual machine the first touch of a page may go through the host.
+    Each piece is done once before: on a virtual machine the first touch of a page may go through the host. In
+    one turn each way does another piece: two that read the same memory would find it in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(num):
         for way in ways.values():
             way(i)
     for i in range(num):
-        for name, way in ways.items():
+        for turn, (name, way) in enumerate(ways.items()):
+            piece = (i + turn * num // len(ways)) % num
             started = time.perf_counter()
-            way(i)
+            way(piece)
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 

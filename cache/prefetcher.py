@@ -1,13 +1,12 @@
 """Reads rows before they are needed, so that waiting for a disk is never the batch's business.
 
 `submit` returns at once; whoever's rows in `PendingRows` are not ready simply is not scheduled. Rows that
-are in memory are not read here at all: they are copied when they are used. Demand goes before speculation,
-and which rows a model sees never depends on what was prefetched. Knows row ids, not sequences.
+are in memory are not read here at all: they are copied when they are used. Which rows a model
+sees never depends on what was prefetched. Knows row ids, not sequences.
 """
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 from typing import Self
@@ -19,13 +18,9 @@ from torch import Tensor
 
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable, Ids
+from scone.cache.queued_rows import QueuedRows
 from scone.kernels.gather import decode_rows
 from scone.kernels.row_codec import RowCodec
-
-DEMAND = "demand"
-"""Rows that some sequence cannot go on without; any other reason is speculation."""
-
-_DEFAULT_SPECULATION_BYTES = 64 << 20
 
 
 class PendingRows:
@@ -46,16 +41,11 @@ class PendingRows:
         self._rows = torch.empty(0, table.dim, dtype=table.dtype)  # those read, once each
         self._places = np.full(len(row_ids), -1, np.int64)  # where in _rows each one is
 
-    @property
-    def num_bytes(self) -> int:
-        """What the rows take in memory, at most."""
-        return int(np.count_nonzero(self.row_ids >= 0)) * self._table.dim * self._table.dtype.itemsize
-
-    def ready(self) -> bool:
-        """Whether the rows have been read, or failed. Never blocks."""
+    def ready(self, begin: int, end: int) -> bool:
+        """Whether rows [begin, end), which come together with all others, have been read, or failed."""
         return self._done.is_set()
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, begin: int, end: int, timeout: float | None = None) -> bool:
         """Blocks until `ready`, or for `timeout` seconds; returns `ready`."""
         return self._done.wait(timeout)
 
@@ -124,23 +114,12 @@ class Prefetcher:
 
     Args:
         num_workers: reads that may wait for the disk at the same time.
-        speculation_bytes: what speculative reads may hold in memory or in the queue; beyond it they are
-        dropped.
     """
 
-    def __init__(
-        self,
-        table: FGramTable,
-        num_workers: int = 2,
-        speculation_bytes: int = _DEFAULT_SPECULATION_BYTES,
-    ) -> None:
+    def __init__(self, table: FGramTable, num_workers: int = 2) -> None:
         self._table = table
-        self._speculation_bytes = speculation_bytes
-        self._speculating_bytes = 0
-        self._lock = threading.Lock()
-        self._order = itertools.count()
-        # (0 demand, 1 speculation, 2 stop; order of arrival; rows)
-        self._queue: queue.PriorityQueue[tuple[int, int, PendingRows | None]] = queue.PriorityQueue()
+        self._queue = table.open_queue()
+        self._jobs: queue.SimpleQueue[PendingRows | None] = queue.SimpleQueue()  # None: the end
         self._workers = [
             threading.Thread(target=self._work, name=f"scone-rows-{i}", daemon=True)
             for i in range(num_workers)
@@ -148,13 +127,13 @@ class Prefetcher:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, row_ids: Ids, reason: str = DEMAND, *, apart: bool = False) -> PendingRows | None:
+    def submit(self, row_ids: Ids, *, apart: bool = False) -> PendingRows | QueuedRows | None:
         """Begins to read those rows that may have to be waited for; None if there are none. Never waits.
 
         Args:
             row_ids: (n,) int64, -1 where no row is wanted.
-            reason: `demand`, or the name of a speculation, which only warms what a later demand will read.
-            apart: the rows are wanted by different parties: one that cannot be read fails by itself.
+            apart: the rows are wanted by different parties, at once: one that cannot be read fails by itself,
+                and where the disk has a queue, no worker stands between. From one thread only.
         """
         if self._table.never_waits:
             self._table.stats.add_prefetch("inline")
@@ -164,20 +143,19 @@ class Prefetcher:
         if not awaited.any():
             self._table.stats.add_prefetch("inline")
             return None
-        pending = PendingRows(self._table, np.where(awaited, ids, -1), apart=apart)
-        if reason == DEMAND:
-            self._queue.put((0, next(self._order), pending))
-        elif self._reserve(pending.num_bytes):
-            self._queue.put((1, next(self._order), pending))
-        else:
-            self._table.stats.add_prefetch("dropped")
-            return None
+        ids[~awaited] = -1
+        if apart and self._queue is not None and (queued := self._queue.submit(ids)) is not None:
+            return queued
+        pending = PendingRows(self._table, ids, apart=apart)
+        self._jobs.put(pending)
         return pending
 
     def close(self) -> None:
         """Finishes what was submitted and ends the workers."""
+        if self._queue is not None:
+            self._queue.close()
         for _ in self._workers:
-            self._queue.put((2, next(self._order), None))
+            self._jobs.put(None)
         for worker in self._workers:
             worker.join()
 
@@ -188,18 +166,5 @@ class Prefetcher:
         self.close()
 
     def _work(self) -> None:
-        while True:
-            priority, _, pending = self._queue.get()
-            if pending is None:
-                return
+        while (pending := self._jobs.get()) is not None:
             self._table.stats.add_prefetch(pending._read())
-            if priority == 1:
-                with self._lock:
-                    self._speculating_bytes -= pending.num_bytes
-
-    def _reserve(self, num_bytes: int) -> bool:
-        with self._lock:
-            if self._speculating_bytes + num_bytes > self._speculation_bytes:
-                return False
-            self._speculating_bytes += num_bytes
-            return True

@@ -28,7 +28,12 @@ _FIRST_BLOCK = np.zeros(1, np.uint64)
 
 
 class RamRows:
-    """Rows [0, num_loaded) of a table; `num_loaded` grows to `num_rows`. Thread-safe."""
+    """Rows [0, num_loaded) of a table; `num_loaded` grows to `num_rows`. Thread-safe.
+
+    Attributes:
+        num_shrinks: rises when rows are given up, before their memory is: whoever has read meanwhile what it
+            took to be loaded reads again.
+    """
 
     tier = "ram"
     name = "ram"
@@ -37,6 +42,7 @@ class RamRows:
         """Reserves the memory and begins to fill it."""
         self.num_rows = num_rows
         self.num_loaded = 0
+        self.num_shrinks = 0
         self._files = files
         self._num_threads = num_threads
         self._row_bytes = files.manifest.row_bytes
@@ -48,7 +54,16 @@ class RamRows:
         except OSError as error:
             _logger.info("no huge pages for the table's RAM tier (%s): using ordinary ones", error)
         self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
-        self._memory = RowMemory(self._data, _FIRST_BLOCK, num_rows, num_rows, files.manifest.row_codec, None)
+        self._memory = RowMemory(
+            self._data,
+            _FIRST_BLOCK,
+            num_rows,
+            num_rows,
+            files.manifest.row_codec,
+            None,
+            num_ids=files.manifest.num_fgrams,
+        )
+        self._loading = threading.Lock()
         self._stopped = threading.Event()
         self._loader = threading.Thread(target=self._load, name="scone-ram-tier", daemon=True)
         self._loader.start()
@@ -56,7 +71,25 @@ class RamRows:
     @property
     def num_bytes(self) -> int:
         """Memory reserved; it is in use as far as rows are loaded."""
-        return len(self._data)
+        return self.bytes_for(self.num_rows)
+
+    def bytes_for(self, num_rows: int) -> int:
+        """What so many rows take."""
+        return min(-(-num_rows * self._row_bytes // CHECK_BYTES) * CHECK_BYTES, len(self._data))
+
+    def rows_in(self, num_bytes: int) -> int:
+        """How many rows lie within the first `num_bytes`."""
+        return num_bytes // self._row_bytes
+
+    def shrink_to(self, num_rows: int) -> None:
+        """Gives up all rows from `num_rows` on, and their memory; waits for the part being loaded."""
+        with self._loading:
+            self.num_rows = min(num_rows, self.num_rows)
+            self.num_loaded = min(self.num_rows, self.num_loaded)
+            self.num_shrinks += 1
+            first = self.num_bytes
+            if first < len(self._data):
+                self._mapping.madvise(mmap.MADV_DONTNEED, first, len(self._data) - first)
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         """As RowReader.read_into; [begin, end) must be loaded."""
@@ -82,9 +115,16 @@ class RamRows:
                     min((first + _PAGES_PER_READ) * CHECK_BYTES, len(self._data)),
                 )
                 part = self._data[begin:end]
-                self._files.read_stream(begin, part.data)
-                self._files.check_pages(first, part)
-                self.num_loaded = min(self.num_rows, end // self._row_bytes)
+                with self._loading:
+                    if begin >= self.num_bytes:
+                        break
+                    self._files.read_stream(begin, part.data)
+                    self._files.check_pages(first, part)
+                    self.num_loaded = min(self.num_rows, end // self._row_bytes)
+                    if end > self.num_bytes:  # shrunk since: the part's end is not wanted
+                        self._mapping.madvise(
+                            mmap.MADV_DONTNEED, self.num_bytes, len(self._data) - self.num_bytes
+                        )
         except (OSError, TableError) as error:
             # Not fatal: these rows stay on disk, and whoever asks for a damaged one is told so.
             _logger.error("the RAM tier of %s ends at row %d: %s", self._files.path, self.num_loaded, error)

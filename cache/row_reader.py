@@ -5,6 +5,7 @@ All readers give the same bytes; which one is used never shows in a row.
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.errors import RowReadError
+from scone.cache.queued_rows import RowQueue
+from scone.cache.stats import TableStats
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.gather import RowMemory
 from scone.model_store.table_files import TableFiles
@@ -38,6 +41,7 @@ class RowReader(Protocol):
             The number of rows written.
 
         Raises:
+            IndexError: an id is beyond the table; nothing was written.
             RowReadError: a row could not be read or does not fit its checksum.
         """
 
@@ -46,6 +50,9 @@ class RowReader(Protocol):
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Starts reading those of `row_ids` that are in [begin, end), all at once; only a hint."""
+
+    def open_queue(self, stats: TableStats) -> RowQueue | None:
+        """A queue for a few rows at a time, without threads; None where there is no such way."""
 
     def close(self) -> None: ...
 
@@ -64,6 +71,8 @@ class MappedReader:
         self.name = manifest.backend
         self._path = files.rows_path
         self._num_threads = num_threads
+        self._files = files
+        self._queue_fd = -1
         self._memory = RowMemory(
             files.rows,
             files.block_offsets,
@@ -87,5 +96,16 @@ class MappedReader:
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         self._memory.will_need(row_ids, begin, end)
 
+    def open_queue(self, stats: TableStats) -> RowQueue | None:
+        """Through the page cache, which then holds the rows for others too."""
+        if self._queue_fd < 0:
+            # through /proc, so that it is the file that was checked, whatever has its name by now
+            self._queue_fd = os.open(f"/proc/self/fd/{self._files.rows_fd}", os.O_RDONLY | os.O_CLOEXEC)
+            os.posix_fadvise(self._queue_fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return RowQueue.open(self._files, self._queue_fd, stats)
+
     def close(self) -> None:
         """The mapping goes with the last view of it."""
+        if self._queue_fd >= 0:
+            os.close(self._queue_fd)
+            self._queue_fd = -1

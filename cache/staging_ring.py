@@ -1,8 +1,10 @@
 """Slots through which rows go from the host to the device while the model computes.
 
-A slot's life: FREE -> `fill` (FILLING: the host writes rows, a copy is queued) -> READY -> `use` (the model
-may read them) -> IN_USE -> `release` -> FREE. The invariants, each guarded by one synchronisation and each
-shown by a test to be needed:
+A row is any run of `dim` values that an id names: an f-gram's row, or the state of a block of tokens.
+
+A slot's life: FREE -> `reserve` (FILLING: the host writes rows, on whatever thread) -> `commit` (a copy is
+queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is all of the first
+two. The invariants, each guarded by one synchronisation and each shown by a test to be needed:
 
 I1  the host writes a slot's host side only after the copy that reads it has run;
 I2  a copy into a slot's device side runs only after the model has done with it;
@@ -11,7 +13,7 @@ I4  a slot is used only for the row ids it was filled with;
 I5  nothing is allocated after construction: addresses are fixed;
 I6  a ring never overwrites: without a free slot it refuses, and a slot that the device still needs makes
     the host wait for it, so that the host is never more than `num_slots` steps ahead;
-I7  a fill that fails leaves its slot FREE and usable.
+I7  a fill that fails leaves its slot FREE and usable; so does a reserved slot that is released.
 """
 
 from __future__ import annotations
@@ -68,6 +70,15 @@ class Slot:
         self.num_rows = 0
         self.state = SlotState.FREE
 
+    @property
+    def num_bytes(self) -> int:
+        return self._memory.host.nbytes
+
+    @property
+    def host_rows(self) -> Tensor:
+        """(num_rows, dim), the host's."""
+        return self.views().host_rows
+
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
         if self.num_rows not in self._views:
@@ -99,6 +110,11 @@ class StagingRing:
         self._slots = [Slot(device, max_rows, dim, dtype) for _ in range(num_slots)]
 
     @property
+    def num_bytes(self) -> int:
+        """Host memory of all slots."""
+        return sum(slot.num_bytes for slot in self._slots)
+
+    @property
     def num_in_use(self) -> int:
         """Slots that are not FREE, or that the device has not done with."""
         return sum(
@@ -116,24 +132,42 @@ class StagingRing:
             indices: (m,) int64, m <= 2 * max_rows, copied along.
             read: writes the rows of these ids to a host tensor (n, dim); what it raises is raised.
         """
-        slot = next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
+        slot = self.reserve(len(row_ids))
         if slot is None:
+            return None
+        try:
+            read(slot.host_rows)
+            self.commit(slot, row_ids, indices)
+        except BaseException:
+            self.release(slot)  # I7
+            raise
+        return slot
+
+    def reserve(self, num_rows: int, *, wait: bool = True) -> Slot | None:
+        """A free slot whose `host_rows` may be written, by any one thread, until `commit` or `release`.
+
+        None if no slot is free, or none without waiting for its last copy where `wait` is false: come back
+        later.
+        """
+        for slot in self._slots:
+            if slot.state is SlotState.FREE and (wait or self._device.reached(slot.copied)):
+                break
+        else:
             return None  # I6
         self._device.synchronize(slot.copied)  # I1
-        num_rows = slot.num_rows = len(row_ids)
+        slot.num_rows = num_rows
         slot.state = SlotState.FILLING
-        try:
-            read(slot.views().host_rows)
-            slot.indices[: len(indices)] = indices
-            self._queue_copy(slot)
-        except BaseException:
-            slot.state = SlotState.FREE  # I7
-            raise
-        slot.row_ids[:num_rows] = row_ids  # I4: only now the slot stands for them
-        slot.state = SlotState.READY
         self._slots.remove(slot)
         self._slots.append(slot)  # the longest unused is taken next
         return slot
+
+    def commit(self, slot: Slot, row_ids: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        """Queues the copy of a reserved slot, now that rows `row_ids` (num_rows,) are in it; as `fill`."""
+        assert slot.state is SlotState.FILLING
+        slot.indices[: len(indices)] = indices
+        self._queue_copy(slot)
+        slot.row_ids[: slot.num_rows] = row_ids  # I4: only now the slot stands for them
+        slot.state = SlotState.READY
 
     def use(self, slot: Slot, row_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """The slot's rows (n, dim) and indices on the device, for work launched until `release`.
@@ -144,11 +178,7 @@ class StagingRing:
             ValueError: the slot was not filled with these row ids.
         """
         filled_with = slot.row_ids[: slot.num_rows]
-        if (
-            slot.state is not SlotState.READY
-            or len(filled_with) != len(row_ids)
-            or not (filled_with == row_ids).all()
-        ):
+        if slot.state is not SlotState.READY or filled_with.tobytes() != row_ids.tobytes():
             raise ValueError(f"the slot is {slot.state.value} and was not filled with these row ids")  # I4
         self._device.wait(Stream.COMPUTE, slot.copied)  # I3
         slot.state = SlotState.IN_USE

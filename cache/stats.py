@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +16,41 @@ READ_SECONDS_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.
 """Upper bounds for the histogram of read durations: from a few cached rows to a slow disk."""
 
 
+TIER_NAMES = ("device", "ram", "disk")
+
+
+@dataclass(slots=True)
+class TierReads:
+    """What was read from one tier.
+
+    Attributes:
+        num_bytes: of the stored rows.
+        num_within: reads by index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
+    """
+
+    num_reads: int = 0
+    num_rows: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    num_within: list[int] = field(default_factory=lambda: [0] * (len(READ_SECONDS_BUCKETS) + 1))
+
+
 class TableStats:
     """Counters that only grow. Read them at any time; writers hold the lock.
 
     Attributes:
         num_matched: (MAX_N + 1,) positions matched, by matched length (1: no f-gram). The matcher counts
             itself: done in Python, counting a step's matches costs more than finding them.
-        rows_read, bytes_read, reads, read_seconds: by tier; bytes are those of the stored rows.
-        reads_within: by tier and index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
-        prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`, `dropped`
-            (speculation beyond the budget), `failed`.
+        by_tier: what was read from each tier.
+        prefetches: submitted reads by result: `inline` (nothing to wait for), `read`, `cancelled`,
+            `failed`.
         rows_requested, rows_unique: rows asked of the prefetcher before and after removing repetitions.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.num_matched: NDArray[np.int64] = np.zeros(MAX_N + 1, np.int64)
-        self.rows_read: Counter[str] = Counter()
-        self.bytes_read: Counter[str] = Counter()
-        self.reads: Counter[str] = Counter()
-        self.read_seconds: dict[str, float] = {}
-        self.reads_within: Counter[tuple[str, int]] = Counter()
+        self.by_tier: dict[str, TierReads] = {name: TierReads() for name in TIER_NAMES}
         self.prefetches: Counter[str] = Counter()
         self.rows_requested = 0
         self.rows_unique = 0
@@ -45,19 +60,26 @@ class TableStats:
         """`num_matched` without its zeros."""
         return Counter({n: int(self.num_matched[n]) for n in self.num_matched.nonzero()[0].tolist()})
 
+    @property
+    def rows_read(self) -> Counter[str]:
+        """Rows by tier, of tiers that were read from."""
+        return Counter({name: tier.num_rows for name, tier in self.by_tier.items() if tier.num_rows})
+
     def add_read(self, tier: str, num_rows: int, num_bytes: int, seconds: float) -> None:
+        reads = self.by_tier[tier]
         with self._lock:
-            self.reads[tier] += 1
-            self.reads_within[tier, bisect_left(READ_SECONDS_BUCKETS, seconds)] += 1
-            self.rows_read[tier] += num_rows
-            self.bytes_read[tier] += num_bytes
-            self.read_seconds[tier] = self.read_seconds.get(tier, 0.0) + seconds
+            reads.num_reads += 1
+            reads.num_within[bisect_left(READ_SECONDS_BUCKETS, seconds)] += 1
+            reads.num_rows += num_rows
+            reads.num_bytes += num_bytes
+            reads.seconds += seconds
 
     def add_device_rows(self, num_rows: int, num_bytes: int) -> None:
         """Rows that a device gathers itself: it is not waited for, so no duration is known."""
+        reads = self.by_tier["device"]
         with self._lock:
-            self.rows_read["device"] += num_rows
-            self.bytes_read["device"] += num_bytes
+            reads.num_rows += num_rows
+            reads.num_bytes += num_bytes
 
     def add_prefetch(self, result: str) -> None:
         with self._lock:

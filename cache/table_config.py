@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scone.cache.errors import CacheError
+from scone.cache.memory_budget import MemoryBudget
 from scone.cache.memory_limit import available_bytes
+from scone.kernels.gather import CHECK_BYTES
 
 DISK_READERS = ("auto", "mmap", "direct")
 
+ROWS = "rows"
+"""The name of the rows' share of a budget."""
 _AUTO_SHARE = 0.4
 """The model, its KV cache and the kernel's page cache need the rest."""
 
@@ -25,6 +29,8 @@ class TableConfig:
             each time it is read; `auto`: mmap. LMDB tables are always mapped.
         io_depth: reads under way at a time when reading directly.
         num_threads: threads that may share one large copy of rows.
+        memory: a budget that rows share with other parties, who may take it from them; the rows begin with
+            what is free of it. None: they have `ram_bytes` to themselves.
     """
 
     ram_bytes: int | None = 0
@@ -32,6 +38,7 @@ class TableConfig:
     disk_reader: str = "auto"
     io_depth: int = 128
     num_threads: int = 1
+    memory: MemoryBudget | None = None
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes < 0:
@@ -47,5 +54,14 @@ class TableConfig:
 
     def ram_rows(self, num_rows: int, row_bytes: int) -> int:
         """How many of the first rows the RAM tier holds."""
-        budget = int(available_bytes() * _AUTO_SHARE) if self.ram_bytes is None else self.ram_bytes
-        return min(num_rows, budget // row_bytes)
+        if self.memory is not None:
+            self.memory.take_back(ROWS, num_rows * row_bytes)  # of a table that this one is to replace
+            budget = self.memory.free_bytes - CHECK_BYTES  # memory is given up in whole pages
+        else:
+            budget = auto_bytes() if self.ram_bytes is None else self.ram_bytes
+        return max(0, min(num_rows, budget // row_bytes))
+
+
+def auto_bytes() -> int:
+    """The RAM budget where none was set."""
+    return int(available_bytes() * _AUTO_SHARE)

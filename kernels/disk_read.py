@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scone.kernels.checksum import crc32c_pages
 from scone.kernels.extension import native
+from scone.kernels.gather import check_out, decode_rows
+from scone.kernels.row_codec import RowCodec
 
 I64 = NDArray[np.int64]
 Sums = NDArray[np.uint32]
@@ -23,19 +26,42 @@ PAGE_BYTES = 4096
 """One checksum covers this much of what is read."""
 
 
+class RowsOut(NamedTuple):
+    """Rows to be decoded out of what is read.
+
+    Attributes:
+        offsets: (n,) where each row begins in the buffer, rising.
+        targets: (n,) which row of `out` each one is.
+        out: (any, dim) on the CPU; rows that are no target stay as they are.
+    """
+
+    offsets: I64
+    targets: I64
+    codec: RowCodec
+    out: Tensor
+
+
 class SpanReader(Protocol):
     """Reads byte ranges of one file. Thread-safe."""
 
     name: str
 
     def read(
-        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+        self,
+        offsets: I64,
+        sizes: I64,
+        places: I64,
+        buffer: NDArray[np.uint8],
+        sums: Sums | None = None,
+        rows: RowsOut | None = None,
     ) -> None:
         """Reads sizes[i] bytes at offsets[i] of the file to buffer[places[i]:]; returns when all are there.
 
         Args:
             sums: takes the CRC-32C of each PAGE_BYTES of `buffer` that were read; `places` are then multiples
                 of them. Computed while other reads are under way.
+            rows: decoded while other reads are under way; `places` then rise. They are decoded of whatever
+                bytes came: whether these are sound is in `sums`.
 
         Raises:
             OSError: a read failed, or ended early (EIO); `buffer` is then undefined, and no read is under
@@ -63,9 +89,23 @@ class _NativeReader:
         self._native: Any = native.SpanReader(fd, depth, use_uring)
 
     def read(
-        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+        self,
+        offsets: I64,
+        sizes: I64,
+        places: I64,
+        buffer: NDArray[np.uint8],
+        sums: Sums | None = None,
+        rows: RowsOut | None = None,
     ) -> None:
-        result = self._native.read(offsets, sizes, places, buffer.ctypes.data, buffer.nbytes, sums)
+        spans = (offsets, sizes, places, buffer.ctypes.data, buffer.nbytes, sums)
+        if rows is None:
+            result = self._native.read(*spans)
+        else:
+            codec, out = rows.codec, check_out(rows.out, len(rows.out), rows.codec)
+            assert len(rows.targets) == 0 or 0 <= rows.targets.min() <= rows.targets.max() < len(rows.out)
+            result = self._native.read_and_decode(
+                *spans, rows.offsets, rows.targets, codec.codec_id, codec.dtype_id, codec.dim, *out
+            )
         if result == self._short_read:
             raise _short_read()
         if result:
@@ -79,7 +119,13 @@ class _SerialReader:
         self._fd = fd
 
     def read(
-        self, offsets: I64, sizes: I64, places: I64, buffer: NDArray[np.uint8], sums: Sums | None = None
+        self,
+        offsets: I64,
+        sizes: I64,
+        places: I64,
+        buffer: NDArray[np.uint8],
+        sums: Sums | None = None,
+        rows: RowsOut | None = None,
     ) -> None:
         for offset, size, place in zip(offsets.tolist(), sizes.tolist(), places.tolist(), strict=True):
             if os.preadv(self._fd, [buffer.data[place : place + size]], offset) != size:
@@ -87,6 +133,10 @@ class _SerialReader:
             if sums is not None:
                 found = crc32c_pages(buffer[place : place + size], PAGE_BYTES)
                 sums[place // PAGE_BYTES : place // PAGE_BYTES + len(found)] = found
+        if rows is not None:
+            offsets = np.full(len(rows.out), -1, np.int64)
+            offsets[rows.targets] = rows.offsets
+            decode_rows(buffer, offsets, rows.codec, rows.out)
 
 
 def _short_read() -> OSError:

@@ -22,7 +22,8 @@ CHECK_BYTES = 4096
 """One checksum covers this much of the row stream: the rows end to end."""
 
 _PAGE_FAULT = -1
-_DAMAGED_ROW = -2
+_BEYOND = -2
+_DAMAGED_ROW = -3
 
 
 class RowMemory:
@@ -33,6 +34,7 @@ class RowMemory:
     Args:
         data: the bytes; must outlive this object, as must the other arrays.
         block_offsets: where in `data` each block begins, uint64.
+        num_rows: rows in `data`, the first ones of the table's `num_ids`.
         page_sums: CRC-32C of each CHECK_BYTES of the row stream, uint32. With them a page is checked when
             it is first read; None: the bytes were checked before.
     """
@@ -45,9 +47,12 @@ class RowMemory:
         num_rows: int,
         codec: RowCodec,
         page_sums: NDArray[np.uint32] | None,
+        *,
+        num_ids: int | None = None,
     ) -> None:
         self._data, self._block_offsets, self._page_sums = data, block_offsets, page_sums
         self._rows_per_block, self._num_rows, self._codec = rows_per_block, num_rows, codec
+        self._num_ids = num_rows if num_ids is None else num_ids
         self._native: Any = None
         if native is not None:
             self._native = native.RowMemory(
@@ -55,6 +60,7 @@ class RowMemory:
                 block_offsets,
                 rows_per_block,
                 num_rows,
+                self._num_ids,
                 codec.codec_id,
                 codec.dtype_id,
                 codec.dim,
@@ -74,19 +80,21 @@ class RowMemory:
             The number of rows written.
 
         Raises:
+            IndexError: an id is beyond the table; nothing was written.
             DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
         """
         target = check_out(out, len(row_ids), self._codec)
         if self._native is None:
+            check_ids(row_ids, self._num_ids)
             return self._gather_reference(row_ids, begin, end, out)
         result: int = self._native.gather(row_ids, begin, end, *target, num_threads)
+        if result >= 0:
+            return result
         if result == _PAGE_FAULT:
             raise DamagedDataError("rows cannot be read: their file was truncated or the disk failed")
-        if result <= _DAMAGED_ROW:
-            raise DamagedDataError(
-                f"row {_DAMAGED_ROW - result} is damaged: its bytes do not fit their checksum"
-            )
-        return result
+        if result == _BEYOND:
+            check_ids(row_ids, self._num_ids)
+        raise DamagedDataError(f"row {_DAMAGED_ROW - result} is damaged: its bytes do not fit their checksum")
 
     def absent(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         """Which of the rows (n,) are in that range and would have to be read from a disk, or may have to."""
@@ -143,12 +151,10 @@ def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowC
             out[i] = codec.decode_reference(stored[None])[0].to(out.dtype)
 
 
-def largest_id(row_ids: NDArray[np.int64]) -> int:
-    """The largest of these ids (contiguous); -1 if there is none."""
-    if native is None:
-        return int(row_ids.max(initial=-1))
-    largest: int = native.largest_id(row_ids)
-    return largest
+def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
+    """Raises IndexError if one of them is beyond a table of `num_ids` rows."""
+    if (largest := int(row_ids.max(initial=-1))) >= num_ids:
+        raise IndexError(f"row id {largest} is beyond the table's {num_ids} rows")
 
 
 def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> tuple[int, int, int]:

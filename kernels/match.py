@@ -108,20 +108,38 @@ class Matcher:
         _raise_fault(self._native.match_last(windows, rows, lengths))
         return rows, lengths
 
-    def match_ends(self, sequences: list[list[int]]) -> Matches:
-        """As `match_last`, of whole sequences of token ids, without windows to be made first.
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int:
+        """Appends the row id at the last position of each sequence of token ids to its list of row ids.
+
+        Args:
+            wanted: (at least batch,) the ids that are not -1, one after the other, are written here.
+            places: (at least batch,) whose they are.
+
+        Returns:
+            How many are not -1.
 
         Raises:
-            DamagedDataError: a bucket does not fit its check bits or cannot be read.
+            DamagedDataError: a bucket does not fit its check bits or cannot be read; nothing was appended.
         """
         if self._native is None:
             width = self._index.max_n
             windows = [[-1] * (width - len(tokens)) + tokens[-width:] for tokens in sequences]
-            return self.match_last(np.array(windows, np.int64).reshape(len(sequences), width))
-        rows = np.empty(len(sequences), np.int64)
-        lengths = np.empty(len(sequences), np.int8)
-        _raise_fault(self._native.match_ends(sequences, rows, lengths))
-        return rows, lengths
+            found = self.match_last(np.array(windows, np.int64).reshape(len(sequences), width))[0]
+            for row_id, its_row_ids in zip(found.tolist(), row_ids, strict=True):
+                its_row_ids.append(row_id)
+            where = np.flatnonzero(found >= 0)
+            wanted[: len(where)], places[: len(where)] = found[where], where
+            return len(where)
+        num_wanted: int = self._native.match_newest(sequences, row_ids, wanted, places)
+        if num_wanted < 0:
+            _raise_fault(-3 - num_wanted)
+        return num_wanted
 
     def _counted(self, matches: Matches) -> Matches:
         self._num_matched += np.bincount(matches[1], minlength=MAX_N + 1)

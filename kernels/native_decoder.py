@@ -77,12 +77,14 @@ class NativeDecoder:
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Turns embeddings (num_tokens, dim) float32 into hidden states, in place; stores keys and values.
 
         positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
         A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
-        Stops after `num_layers`, before the final norm, if that is less than all.
+        Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
+        `embeddings` are the states after so many layers, and only the layers from there on are run.
         """
         self._native.forward(
             embeddings,
@@ -92,6 +94,7 @@ class NativeDecoder:
             batch.block_tables,
             k_cache,
             v_cache,
+            first_layer,
             self._num_layers if num_layers is None else num_layers,
         )
         return embeddings

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scone.kernels.row_codec import DTYPE_IDS, INT4_GROUP, RowCodec
+from scone.kernels.row_codec import DTYPE_IDS, GROUP, RowCodec
 
 BLOCK = 256
 """Values that one program decodes."""
@@ -65,6 +65,13 @@ def fp8_value(bits):
     is_nan = (exponent == 15) & (mantissa == 7)
     u = tl.where(is_nan, 0x7FC00000, magnitude.to(tl.uint32, bitcast=True)).to(tl.uint32)
     return (u | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e8m0_value(bits):
+    """The 8 bits of a float8_e8m0fnu, as uint32 -> float32: a power of two."""
+    u = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23)).to(tl.uint32)
+    return u.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -130,13 +137,13 @@ def gather_kernel(
             byte = load_bits(row + 2 * (DIM // GROUP) + group * (GROUP // 2) + within % (GROUP // 2), mask, 1)
             nibble = (byte >> tl.where(within < GROUP // 2, 0, 4).to(tl.uint32)) & 15
             value = (nibble.to(tl.int32) - 8).to(tl.float32) * scale
+        elif CODEC == 3:
+            scale = e8m0_value(load_bits(row + column // GROUP, mask, 1))
+            value = fp8_value(load_bits(row + DIM // GROUP + column, mask, 1)) * scale
         else:
             scale = load_bits(row + 0 * column, mask, 4).to(tl.float32, bitcast=True)
             byte = load_bits(row + 4 + column, mask, 1)
-            if CODEC == 1:
-                value = (byte.to(tl.int32) - ((byte & 0x80) << 1).to(tl.int32)).to(tl.float32) * scale
-            else:
-                value = fp8_value(byte) * scale
+            value = (byte.to(tl.int32) - ((byte & 0x80) << 1).to(tl.int32)).to(tl.float32) * scale
         bits = float_bits(value, DTYPE)
     if OUT_DTYPE != DTYPE:
         bits = float_bits(float_value(bits, DTYPE), OUT_DTYPE)
@@ -172,6 +179,6 @@ def launch_gather(
         CODEC=codec.codec_id,
         DTYPE=codec.dtype_id,
         OUT_DTYPE=DTYPE_IDS[out.dtype],
-        GROUP=INT4_GROUP,
+        GROUP=GROUP,
         BLOCK=BLOCK,
     )

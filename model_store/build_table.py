@@ -19,6 +19,7 @@ from scone.model_store.checkpoint import Checkpoint
 from scone.model_store.errors import CheckpointError, FGramSetError
 from scone.model_store.fgram_model import EMBED_BLOCK_ROWS, FGramModel
 from scone.model_store.fgram_set import FGramSet
+from scone.model_store.ray_engine import embed_on_ray
 from scone.model_store.table_writer import TableWriter
 
 # The f-gram model computes blocks of one length, the last of each padded; among this many f-grams
@@ -44,9 +45,10 @@ def build_table(
     backend: str = "mmap",
     codec: str = "raw",
     dtype: str = "bfloat16",
+    engine: str = "local",
     progress: bool = True,
 ) -> BuildReport:
-    """Writes the table of `fgrams` to the new folder `out`.
+    """Writes the table of `fgrams` to the new folder `out`; with engine `ray` the rows come from a cluster.
 
     Raises:
         CheckpointError: the checkpoint has no f-gram model.
@@ -76,8 +78,12 @@ def build_table(
         with tqdm(
             desc="embed f-grams", total=len(fgrams), initial=num_done, unit="row", disable=not progress
         ) as bar:
-            for start in range(num_done, len(fgrams), ROWS_PER_BATCH):
-                rows = embed(model, fgrams, slice(start, start + ROWS_PER_BATCH))
+            if engine == "ray":
+                parts = embed_on_ray(checkpoint.path, fgrams, num_done, ROWS_PER_BATCH)
+            else:
+                starts = range(num_done, len(fgrams), ROWS_PER_BATCH)
+                parts = (embed(model, fgrams, slice(start, start + ROWS_PER_BATCH)) for start in starts)
+            for rows in parts:
                 writer.append(rows)
                 bar.update(len(rows))
         writer.finish()

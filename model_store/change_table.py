@@ -18,11 +18,12 @@ from scone.model_store.checkpoint import Checkpoint
 from scone.model_store.errors import CheckpointError, TableError
 from scone.model_store.fgram_selection import find_fgrams, unite
 from scone.model_store.fgram_set import FGramSet
+from scone.model_store.row_errors import ERROR_DTYPE
 from scone.model_store.table_files import open_table_files
-from scone.model_store.table_writer import FGRAMS_NAME, TableWriter, encode_rows
+from scone.model_store.table_writer import ERRORS_NAME, FGRAMS_NAME, TableWriter, encode_rows
 
-StoredRowsOf = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-"""Ranks in the changed set (n,) -> their rows as they are stored (n, row_bytes)."""
+StoredRowsOf = Callable[[NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.float32]]]
+"""Ranks in the changed set (n,) -> their rows as they are stored (n, row_bytes), and their errors (n,)."""
 
 
 class SourceTable:
@@ -34,9 +35,14 @@ class SourceTable:
         self._files = open_table_files(path)
         self.manifest = self._files.manifest
         self.fgrams = FGramSet.load(path / FGRAMS_NAME)
+        self._errors = np.memmap(path / ERRORS_NAME, ERROR_DTYPE, "r")
 
-    def stored_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(n, row_bytes) of row ids (n,) in rising order, neighbours in one read; raises TableError."""
+    def stored_rows(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """(n, row_bytes) and errors (n,) of row ids (n,) in rising order, neighbours in one read.
+
+        Raises:
+            TableError: the rows cannot be read.
+        """
         row_bytes = self.manifest.row_bytes
         rows = np.empty((len(row_ids), row_bytes), np.uint8)
         breaks = np.flatnonzero(np.diff(row_ids) != 1) + 1
@@ -47,7 +53,7 @@ class SourceTable:
                     self._files.read_stream(int(row_ids[run[0]]) * row_bytes, out)
         except OSError as error:
             raise TableError(f"cannot read the rows of {self.path}: {error}") from None
-        return rows
+        return rows, self._errors[row_ids]
 
     def new_generation(self, out: Path, fgrams: FGramSet) -> TableWriter:
         """A writer of a table of the same kind for another set; raises TableError."""
@@ -92,16 +98,17 @@ def append_fgrams(
     source_ids = _source_ids(table.fgrams, fgrams)
     codec = manifest.row_codec
 
-    def stored(ranks: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def stored(ranks: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         ids = source_ids[ranks]
         rows = np.empty((len(ranks), codec.row_bytes), np.uint8)
+        errors = np.empty(len(ranks), np.float32)
         # in rising order of the source's ids, so that neighbours are read together
         known = np.flatnonzero(ids >= 0)
         known = known[np.argsort(ids[known], kind="stable")]
-        rows[known] = table.stored_rows(ids[known])
+        rows[known], errors[known] = table.stored_rows(ids[known])
         new = np.flatnonzero(ids < 0)
-        rows[new] = encode_rows(codec, embed(model, fgrams, ranks[new]))
-        return rows
+        rows[new], errors[new] = encode_rows(codec, embed(model, fgrams, ranks[new]))
+        return rows, errors
 
     _write(table.new_generation(out, fgrams), fgrams, stored, progress)
     return int((source_ids < 0).sum())
@@ -135,6 +142,6 @@ def _write(writer: TableWriter, fgrams: FGramSet, stored: StoredRowsOf, progress
     ):
         for start in range(writer.num_rows_done, len(fgrams), ROWS_PER_BATCH):
             ranks = np.arange(start, min(start + ROWS_PER_BATCH, len(fgrams)))
-            writer.append_stored(stored(ranks))
+            writer.append_stored(*stored(ranks))
             bar.update(len(ranks))
         writer.finish()

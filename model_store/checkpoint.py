@@ -28,6 +28,7 @@ from scone.model_store.errors import CheckpointError
 from scone.model_store.fgram_model import FGramModel
 from scone.model_store.gguf_file import GGUFFile
 from scone.model_store.hf_folder import HFFolder
+from scone.model_store.kronecker import KroneckerEmbedding, bytes_of_tokens, log_audit
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import Tokenizer
 
@@ -70,7 +71,11 @@ class Checkpoint:
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The main model, its weights in `dtype`; raises CheckpointError."""
-        return Decoder.from_tensors(self.config, self._main.tensors(), dtype)
+        decoder = Decoder.from_tensors(self.config, self._main.tensors(), dtype)
+        if isinstance(decoder.embed_tokens, KroneckerEmbedding):
+            token_bytes = bytes_of_tokens(self.tokenizer(), self.config.vocab_size)
+            log_audit(decoder.embed_tokens.read_tokens(token_bytes))
+        return decoder
 
     def fgram_model(self, decoder: Decoder) -> FGramModel | None:
         """The f-gram model over `decoder`'s token embedding, or None if the checkpoint has none."""

@@ -80,9 +80,9 @@ def count_fgrams(
         for n in range(MIN_N, max_n + 1):
             levels.append(scans.scan(n, threshold))
             # Longer n-grams only push further down what is already beyond the cutoff.
-            threshold = max(threshold, _cutoff(levels, top))
+            threshold = max(threshold, cutoff(levels, top))
         scans.close()
-        return _ranked(levels, max_n, top, corpus, tokenizer_hash, min_count)
+        return rank_levels(levels, max_n, top, corpus, tokenizer_hash, min_count)
 
 
 class _Scans:
@@ -173,16 +173,16 @@ def _parallel(
     yield from (future.result() for future in under_way)
 
 
-def _cutoff(levels: list[Level], top: int) -> int:
+def cutoff(levels: list[Level], top: int) -> int:
     """The count of the n-gram at rank `top` so far; 0 if there are fewer."""
     counts = np.concatenate([level.counts for level in levels])
     return 0 if len(counts) < top else int(np.partition(counts, len(counts) - top)[len(counts) - top])
 
 
-def _ranked(
+def rank_levels(
     levels: list[Level], max_n: int, top: int, corpus: TokenCorpus, tokenizer_hash: str, min_count: int
 ) -> FGramSet:
-    """Ranks all levels together; each is in lexicographic order, so a stable sort by count settles ties."""
+    """The set of all levels; each is in lexicographic order, so a stable sort by count settles ties."""
     counts = np.concatenate([level.counts for level in levels])
     order = np.argsort(-counts, kind="stable")[:top]
     firsts = np.cumsum([0, *(len(level.keys) for level in levels)])

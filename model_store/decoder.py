@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scone.model_store.errors import CheckpointError
+from scone.model_store.kronecker import KroneckerEmbedding
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.rope import inverse_frequencies, rotate
 
@@ -114,11 +115,15 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        self.embed_tokens: Embedding | KroneckerEmbedding
+        if config.byte_positions is None:
+            self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        else:
+            self.embed_tokens = KroneckerEmbedding(config.vocab_size, config.dim, config.byte_positions)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied_head:
+        if isinstance(self.embed_tokens, Embedding) and config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
         with torch.device("cpu"):  # real values also while the weights are still on "meta"
             self._frequencies, self._rope_factor = inverse_frequencies(config)
@@ -144,13 +149,25 @@ class Decoder(nn.Module):
         if extra:
             raise CheckpointError(f"the checkpoint holds tensors this decoder has no place for: {extra[:5]}")
         decoder.load_state_dict(state, assign=True)
-        if config.tied_head:
+        if isinstance(decoder.embed_tokens, Embedding) and config.tied_head:
             decoder.lm_head.weight = decoder.embed_tokens.weight
         return decoder.requires_grad_(False).eval()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def precompute_embeddings(self) -> None:
+        """Replaces Kronecker embeddings by the table that they come to; an ordinary table stays."""
+        if isinstance(self.embed_tokens, KroneckerEmbedding):
+            table = self.embed_tokens.dense()
+            with torch.device("meta"):
+                self.embed_tokens = Embedding(*table.shape)
+            self.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (..., 1, head_dim) of positions (...,)."""
@@ -165,15 +182,21 @@ class Decoder(nn.Module):
         return cast(Tensor, self.embed_tokens(input_ids))
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, attend: Attend, num_layers: int | None = None
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Hidden states (..., dim) after the final norm; positions (...,) are absolute.
 
-        Stops after `num_layers`, before the final norm, if that is less than all.
+        Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
+        `embeddings` are the states after so many layers, and only the layers from there on are run.
         """
         rope = self.rope(positions)
         hidden = embeddings
-        for layer_id, block in enumerate(self.layers[:num_layers]):
+        for layer_id, block in enumerate(self.layers[first_layer:num_layers], first_layer):
             hidden = block(hidden, rope, layer_id, attend)
         if num_layers not in (None, self.config.num_layers):
             return hidden

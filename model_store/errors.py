@@ -5,7 +5,8 @@ ModelStoreError(SconeError)
 ├── TokenizerError      a tokenizer that is missing or not understood
 ├── CorpusError         a corpus path or document that cannot be read
 ├── FGramSetError       an f-gram set file that is damaged or belongs to another tokenizer
-└── TableError          a table that is missing, damaged, incomplete or belongs to another model
+├── TableError          a table that is missing, damaged, incomplete or belongs to another model
+└── CodecCostError      a codec that costs more quality than was allowed
 """
 
 from scone.kernels.errors import SconeError
@@ -33,3 +34,7 @@ class FGramSetError(ModelStoreError):
 
 class TableError(ModelStoreError):
     """A table that is missing, damaged, incomplete or belongs to another model."""
+
+
+class CodecCostError(ModelStoreError):
+    """A codec that costs more quality than was allowed."""

@@ -25,7 +25,7 @@ from scone.model_store.table_header import HEADER_BYTES, INDEX_MAGIC, TableHeade
 MAX_ROWS = EMPTY_ROW
 """Rows are 32 bits wide in the index, and the last value marks an empty slot."""
 
-_KEYS_PER_HOME_BUCKET = 4
+KEYS_PER_HOME_BUCKET = 4
 """Load 0.8: an absent f-gram then costs about 1.1 cache lines, and a key 16 bytes."""
 
 _MAX_SEEDS = 64
@@ -80,7 +80,7 @@ def build_index(fgrams: FGramSet, path: Path, table_id: str, fp_bits: int = 64) 
         TableError: the set cannot be indexed.
     """
     check_indexable(fgrams)
-    num_home_buckets = -(-len(fgrams) // _KEYS_PER_HOME_BUCKET)
+    num_home_buckets = -(-len(fgrams) // KEYS_PER_HOME_BUCKET)
     for seed in range(_MAX_SEEDS):
         try:
             with open(path, "wb") as file:

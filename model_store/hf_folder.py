@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from scone.model_store.decoder import Decoder
 from scone.model_store.errors import CheckpointError
+from scone.model_store.hf_config import config_of, description_of, eos_ids_of, family_of
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm2")
 
 RENAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_HF_PARTS = (
+    {ours: theirs for theirs, ours in RENAMES.items()}
+    | {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+    | {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+)
 
 
 class HFFolder:
@@ -29,11 +35,7 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._raw = self._read_json("config.json")
-        self.family = str(self._raw.get("model_type"))
-        if self.family not in FAMILIES:
-            raise CheckpointError(
-                f"{path}/config.json: model_type is {self.family!r}, wanted one of {', '.join(FAMILIES)}"
-            )
+        self.family = family_of(self._raw, path / "config.json")
         self._weight_files = self._find_weight_files()
         self._names = {name for file in self._weight_files for name in self._open(file).keys()}  # noqa: SIM118
 
@@ -75,46 +77,11 @@ class HFFolder:
 
     @property
     def config(self) -> ModelConfig:
-        raw, heads = self._raw, int(self._require("num_attention_heads"))
-        rope = raw.get("rope_parameters") or {}  # transformers >= 5 keeps all rope settings here
-        scaling = rope if rope.get("rope_type", "default") != "default" else raw.get("rope_scaling")
-        max_position = int(self._require("max_position_embeddings"))
-        if raw.get("sliding_window") and raw.get("use_sliding_window", self.family == "mistral"):
-            # Full attention equals windowed attention up to the window's length, and only there.
-            max_position = min(max_position, int(raw["sliding_window"]))
-        return ModelConfig(
-            architecture=self.family,
-            vocab_size=int(self._require("vocab_size")),
-            dim=int(self._require("hidden_size")),
-            num_layers=int(self._require("num_hidden_layers")),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or int(self._require("hidden_size")) // heads),
-            ffn_dim=int(self._require("intermediate_size")),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=scaling,
-            max_position=max_position,
-            tied_head="lm_head.weight" not in self._names or bool(raw.get("tie_word_embeddings", False)),
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in self._names,
-            output_bias="model.layers.0.self_attn.o_proj.bias" in self._names,
-            mlp_bias="model.layers.0.mlp.up_proj.bias" in self._names,
-            qk_norm="model.layers.0.self_attn.q_norm.weight" in self._names,
-            eos_ids=self._eos_ids(),
-        )
-
-    def _require(self, key: str) -> Any:
-        if key not in self._raw:
-            raise CheckpointError(f"{self.path}/config.json lacks the key {key!r}")
-        return self._raw[key]
+        return config_of(self._raw, self.path / "config.json", self._names, self._eos_ids())
 
     def _eos_ids(self) -> tuple[int, ...]:
-        declared = self._read_json("generation_config.json", required=False).get("eos_token_id")
-        if declared is None:
-            declared = self._raw.get("eos_token_id")
-        if declared is None:
-            return ()
-        return tuple(declared) if isinstance(declared, list) else (int(declared),)
+        generation = self._read_json("generation_config.json", required=False)
+        return eos_ids_of(generation) or eos_ids_of(self._raw)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as stored, under the decoder's own names, one at a time."""
@@ -146,6 +113,33 @@ class HFFolder:
             eos_ids=self._eos_ids(),
             chat_template=template if isinstance(template, str) else None,
         )
+
+
+def save_hf_folder(path: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Writes a model that `HFFolder` reads, its weights as they are. config.json comes last."""
+    path.mkdir(parents=True, exist_ok=True)
+    tied = decoder.config.tied_head
+    weights = {
+        hf_name(name): tensor.detach().contiguous()
+        for name, tensor in decoder.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    partial = path / "model.safetensors.partial"
+    save_file(weights, partial)
+    partial.replace(path / "model.safetensors")
+    tokenizer.backend.save(str(path / "tokenizer.json"))
+    bos = None if tokenizer.bos_id is None else tokenizer.backend.id_to_token(tokenizer.bos_id)
+    settings = {"bos_token": bos, "chat_template": tokenizer.chat_template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(description_of(decoder.config), indent=2) + "\n")
+
+
+def hf_name(name: str) -> str:
+    """`layers.3.q_proj.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    if name.startswith("lm_head."):
+        return name
+    parts = [_HF_PARTS.get(part, part) for part in name.split(".")]
+    return ".".join(["model", *parts])
 
 
 def _token_text(declared: Any) -> str | None:

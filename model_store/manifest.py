@@ -15,10 +15,11 @@ from typing import Any
 
 from scone.kernels.row_codec import RowCodec
 from scone.model_store.errors import TableError
+from scone.model_store.row_errors import RowError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "scone-table"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BACKENDS = ("mmap", "lmdb")
 
 
@@ -40,6 +41,7 @@ class TableManifest:
         num_home_buckets: buckets in which a search can begin; the file has `num_buckets`.
         row_bytes: bytes of one stored row.
         rows_per_block: rows in one value of the LMDB backend; num_fgrams for rows.bin.
+        row_error: how far stored rows are from computed ones.
         min_count, max_count: corpus counts of the last and of the first row.
     """
 
@@ -57,6 +59,7 @@ class TableManifest:
     num_buckets: int
     row_bytes: int
     rows_per_block: int
+    row_error: RowError
     model_hash: str
     fgram_model_hash: str
     tokenizer_hash: str
@@ -115,6 +118,7 @@ class TableManifest:
         if missing:
             raise TableError(f"{path} lacks {', '.join(missing)}")
         values = {name: content[name] for name in names}
+        values["row_error"] = RowError(**content["row_error"])
         values["files"] = {name: TableFile(**entry) for name, entry in content["files"].items()}
         return cls(**values)
 

@@ -16,6 +16,7 @@ class ModelConfig:
         head_dim: width of one head; need not be dim / num_heads.
         rope_scaling: Hugging Face's `rope_scaling` object (`linear`, `llama3`, `yarn`), or None.
         max_position: longest context the weights were made for, in tokens.
+        byte_positions: bytes of a token that its Kronecker embedding sees; None: an ordinary token table.
         tied_head: the output head is the token embedding itself.
         attention_bias: q, k and v projections carry a bias (Qwen2).
         output_bias: the attention output projection carries one (Llama with `attention_bias`).
@@ -35,6 +36,7 @@ class ModelConfig:
     rope_theta: float
     max_position: int
     rope_scaling: Mapping[str, Any] | None = None
+    byte_positions: int | None = None
     tied_head: bool = True
     attention_bias: bool = False
     output_bias: bool = False
@@ -47,6 +49,10 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads is {self.num_heads}, wanted a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.byte_positions is not None and self.byte_positions < 1:
+            raise ValueError(f"byte_positions is {self.byte_positions}, wanted at least 1")
+        if self.byte_positions is not None and self.tied_head:
+            raise ValueError("tied_head is true, wanted false: Kronecker embeddings are no output head")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, wanted an even number (rotary pairs)")
 

@@ -16,6 +16,9 @@ from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.head_loss import token_losses
 from scone.model_store.token_stream import TokenStream
 
+SEQ_LEN = 192
+"""Tokens per window wherever no other length is asked for, so that figures compare."""
+
 Embed = Callable[[NDArray[np.int32]], Tensor]
 """Embeddings (seq, dim) of input ids (seq,)."""
 

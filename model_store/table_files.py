@@ -36,7 +36,14 @@ from scone.model_store.table_header import (
     SUMS_MAGIC,
     TableHeader,
 )
-from scone.model_store.table_writer import BLOCKS_NAME, FGRAMS_NAME, INDEX_NAME, ROWS_NAME, SUMS_NAME
+from scone.model_store.table_writer import (
+    BLOCKS_NAME,
+    ERRORS_NAME,
+    FGRAMS_NAME,
+    INDEX_NAME,
+    ROWS_NAME,
+    SUMS_NAME,
+)
 
 _BYTES_PER_SCAN = 64 << 20
 
@@ -154,7 +161,7 @@ def verify_table_files(
 
 
 def _open(table: Path, manifest: TableManifest) -> TableFiles:
-    names = {INDEX_NAME, SUMS_NAME, FGRAMS_NAME}
+    names = {INDEX_NAME, SUMS_NAME, FGRAMS_NAME, ERRORS_NAME}
     names |= {lmdb_rows.ROWS_NAME, BLOCKS_NAME} if manifest.backend == "lmdb" else {ROWS_NAME}
     if names != manifest.files.keys():
         raise TableError(f"the manifest of {table} lists {sorted(manifest.files)}, wanted {sorted(names)}")

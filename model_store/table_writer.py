@@ -26,6 +26,7 @@ from scone.model_store.errors import TableError
 from scone.model_store.fgram_index import build_index, check_indexable
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS, FORMAT_VERSION, MANIFEST_NAME, TableFile, TableManifest
+from scone.model_store.row_errors import ERROR_DTYPE, row_errors, summarize
 from scone.model_store.table_header import BLOCKS_MAGIC, HEADER_BYTES, ROWS_MAGIC, SUMS_MAGIC, TableHeader
 
 INDEX_NAME = "index.bin"
@@ -33,6 +34,7 @@ ROWS_NAME = "rows.bin"
 BLOCKS_NAME = "blocks.bin"
 SUMS_NAME = "checksums.bin"
 FGRAMS_NAME = "set.fgrams"
+ERRORS_NAME = "row_errors.bin"
 
 _BUILD_NAME = "build.json"
 _DONE_NAME = "rows_done.json"
@@ -57,6 +59,7 @@ class TableWriter:
         self._table_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._lock: BinaryIO | None = None
         self._rows: BinaryIO | None = None
+        self._errors: BinaryIO | None = None
         self._num_rows = 0
         self._num_synced = 0
 
@@ -124,19 +127,24 @@ class TableWriter:
         """Adds the next rows, (n, dim) of any float dtype; raises ValueError, TableError."""
         if rows.dim() != 2 or rows.shape[1] != self._codec.dim:
             raise ValueError(f"rows have shape {tuple(rows.shape)}, wanted (n, {self._codec.dim})")
-        self.append_stored(encode_rows(self._codec, rows))
+        self.append_stored(*encode_rows(self._codec, rows))
 
-    def append_stored(self, rows: NDArray[np.uint8]) -> None:
-        """Adds the next rows as they are stored, (n, row_bytes); raises ValueError, TableError."""
+    def append_stored(self, rows: NDArray[np.uint8], errors: NDArray[np.float32]) -> None:
+        """Adds the next rows as they are stored, (n, row_bytes), and their errors (n,).
+
+        Raises:
+            ValueError, TableError: as `append`.
+        """
         assert self._lock is not None, "the writer is closed"
         if rows.ndim != 2 or rows.shape[1] != self._codec.row_bytes:
             raise ValueError(f"rows have shape {rows.shape}, wanted (n, {self._codec.row_bytes})")
         if self._num_rows + len(rows) > len(self._fgrams):
             raise ValueError(f"{self._num_rows} + {len(rows)} rows for {len(self._fgrams)} f-grams")
-        if self._rows is None:
+        if self._rows is None or self._errors is None:
             return  # all rows were there already, and `rows` is empty
         try:
             self._rows.write(rows.tobytes())
+            self._errors.write(errors.astype(ERROR_DTYPE).tobytes())
         except OSError as error:
             raise TableError(f"cannot write {self._partial / ROWS_NAME}: {error}") from None
         self._num_rows += len(rows)
@@ -165,10 +173,10 @@ class TableWriter:
         """Leaves the build as it is; it can be resumed."""
         if self._rows is not None and self._num_rows > self._num_synced:
             self._sync_rows()
-        for file in (self._rows, self._lock):
+        for file in (self._rows, self._errors, self._lock):
             if file is not None:
                 file.close()
-        self._rows = self._lock = None
+        self._rows = self._errors = self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -220,24 +228,25 @@ class TableWriter:
         os.fsync(self._lock.fileno())
 
     def _open_rows(self) -> None:
-        path = self._partial / ROWS_NAME
         done = self._partial / _DONE_NAME
         self._num_rows = int(json.loads(done.read_text())["num_rows"]) if done.exists() else 0
-        self._rows = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (held until close)
+        self._rows = _open_for_update(self._partial / ROWS_NAME)
+        self._errors = _open_for_update(self._partial / ERRORS_NAME)
         if self._num_rows == 0:
             codec = self._codec
             numbers = (len(self._fgrams), codec.row_bytes, codec.dim, codec.codec_id, codec.dtype_id)
             self._rows.write(TableHeader(ROWS_MAGIC, self._table_id, numbers).to_bytes())
         # What was written after the last sync is not trusted.
-        end = HEADER_BYTES + self._num_rows * self._codec.row_bytes
-        self._rows.truncate(end)
-        self._rows.seek(end)
+        _cut(self._rows, HEADER_BYTES + self._num_rows * self._codec.row_bytes)
+        _cut(self._errors, self._num_rows * ERROR_DTYPE.itemsize)
         self._num_synced = self._num_rows
 
     def _sync_rows(self) -> None:
         assert self._rows is not None
-        self._rows.flush()
-        os.fdatasync(self._rows.fileno())
+        assert self._errors is not None
+        for file in (self._rows, self._errors):
+            file.flush()
+            os.fdatasync(file.fileno())
         _replace_text(self._partial / _DONE_NAME, json.dumps({"num_rows": self._num_rows}))
         self._num_synced = self._num_rows
 
@@ -259,6 +268,7 @@ class TableWriter:
             INDEX_NAME: TableFile((partial / INDEX_NAME).stat().st_size),
             SUMS_NAME: TableFile(len(sums), hashlib.sha256(sums).hexdigest()),
             FGRAMS_NAME: _hashed(partial / FGRAMS_NAME),
+            ERRORS_NAME: _hashed(partial / ERRORS_NAME),
         }
         per_block = num_rows
         if self._identity["backend"] == "lmdb":
@@ -281,6 +291,7 @@ class TableWriter:
             num_buckets=shape.num_buckets,
             row_bytes=codec.row_bytes,
             rows_per_block=per_block,
+            row_error=summarize(partial / ERRORS_NAME),
             model_hash=self._identity["model_hash"],
             fgram_model_hash=self._identity["fgram_model_hash"],
             tokenizer_hash=self._identity["tokenizer_hash"],
@@ -309,12 +320,26 @@ class TableWriter:
         }
 
 
-def encode_rows(codec: RowCodec, rows: Tensor) -> NDArray[np.uint8]:
-    """(n, dim) of any float dtype -> (n, row_bytes) as they are stored; raises TableError."""
+def encode_rows(codec: RowCodec, rows: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(n, dim) of any float dtype -> (n, row_bytes) as they are stored, and their errors (n,).
+
+    Raises:
+        TableError: a row is not finite.
+    """
     if not rows.isfinite().all():
         raise TableError("a row is not finite: the f-gram model has diverged")
-    stored: NDArray[np.uint8] = codec.encode(rows.cpu()).numpy()
-    return stored
+    stored = codec.encode(rows.cpu())
+    return stored.numpy(), row_errors(codec, rows.cpu(), stored)
+
+
+def _open_for_update(path: Path) -> BinaryIO:
+    return open(path, "r+b" if path.exists() else "w+b")
+
+
+def _cut(file: BinaryIO, num_bytes: int) -> None:
+    """Drops all beyond `num_bytes`, where writing goes on."""
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
 
 
 def _page_sums(data: NDArray[np.uint8]) -> NDArray[np.uint32]:

@@ -1,21 +1,22 @@
-"""Training of the f-gram model on a frozen main model.
+"""Training: of the f-gram model on a frozen main model, or of both together.
 
-Each step embeds the batch's f-grams with the f-gram model (no table exists in training), runs the frozen
-main model on them, and lowers its next-token loss. Source: SCONE, arXiv 2502.01637, section 3.1; the
-paper trains the main model too, which here stays as it was published.
+Each step embeds the batch's f-grams with the f-gram model (no table exists in training), runs the main
+model on them, and lowers its next-token loss. Source: SCONE, arXiv 2502.01637, section 3.1, which trains
+main model, f-gram model and the token embedding they share together. Matches are not kept from a scan before:
+the server's matcher finds a batch's in less than a thousandth of a step, and a window's first tokens match
+as they do in a request that begins there.
 
 A run is resumable: batches are drawn from (seed, step), and the optimiser's state lies beside the weights.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from scone.model_store.decoder import CausalAttention, Decoder
@@ -31,60 +32,35 @@ from scone.model_store.errors import CheckpointError
 from scone.model_store.fgram_inputs import FGramInputs
 from scone.model_store.fgram_model import FGramModel
 from scone.model_store.fgram_set import FGramSet
-from scone.model_store.head_loss import frozen_head_loss, token_losses
+from scone.model_store.head_loss import head_loss, token_losses
 from scone.model_store.token_stream import TokenStream
+from scone.model_store.train_config import TrainConfig
+from scone.model_store.training_curve import CurvePoint, append_point, draw_run
 
 STATE = "training_state.pt"
-CURVE = "curve.csv"
-CURVE_FIELDS = ["step", "tokens", "train_loss", "heldout_loss", "match_rate", "learning_rate", "seconds"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """One run. The defaults are those of the published f-gram model of the demo.
-
-    Attributes:
-        output_learning_rate: of the output projection, which starts at zero; the rest uses learning_rate.
-        warmup_steps: linear warm-up, then linear decay to zero at `steps`.
-        save_every: steps between held-out evaluations and saved states.
-        last_token_only: train the control that sees no n-gram.
-    """
-
-    steps: int = 400
-    batch_size: int = 6
-    seq_len: int = 192
-    learning_rate: float = 2e-4
-    output_learning_rate: float = 4e-4
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    num_layers: int = 2
-    seed: int = 0
-    save_every: int = 25
-    heldout_tokens: int = 12_288
-    last_token_only: bool = False
-
-    def learning_rate_scale(self, step: int) -> float:
-        """Factor of both learning rates at `step` (0-based)."""
-        warmup = min(1.0, (step + 1) / self.warmup_steps)
-        return warmup * max(0.0, 1 - step / self.steps)
+_BETAS = (0.9, 0.98)
 
 
 def train(
     config: TrainConfig,
     decoder: Decoder,
-    fgrams: FGramSet,
+    fgrams: FGramSet | None,
     corpus: TokenStream,
     heldout: TokenStream,
     out: Path,
-) -> FGramModel:
-    """Trains (or goes on training) an f-gram model, its state and curve kept in `out`.
+) -> FGramModel | None:
+    """Trains (or goes on training), state and curve kept in `out`; gives the f-gram model, if there is one.
 
-    A SIGTERM saves and returns early; the same call resumes, also towards another number of steps.
-    Raises CheckpointError if `out` holds another run.
+    The decoder is changed in place unless it is frozen. Without f-grams it is trained alone. A SIGTERM saves
+    and returns early; the same call resumes, also towards another number of steps.
+
+    Raises:
+        CheckpointError: `out` holds another run.
+        ValueError: nothing is to be trained.
     """
+    if fgrams is None and config.freeze_main:
+        raise ValueError("freeze_main is true and there are no f-grams: nothing is left to be trained")
     out.mkdir(parents=True, exist_ok=True)
-    decoder.requires_grad_(False)
     run = _Run(config, decoder, fgrams, out)
     with _stop_on_sigterm() as stopping, tqdm(total=config.steps, initial=run.step, unit="step") as progress:
         if run.step == 0:
@@ -100,27 +76,29 @@ def train(
                 losses = []
         if losses:
             run.save()
+    draw_run(out)
+    decoder.requires_grad_(False).eval()
     return run.model
 
 
 class _Run:
     """The moving parts of one training: weights, optimiser, step, curve."""
 
-    def __init__(self, config: TrainConfig, decoder: Decoder, fgrams: FGramSet, out: Path) -> None:
+    def __init__(self, config: TrainConfig, decoder: Decoder, fgrams: FGramSet | None, out: Path) -> None:
         self.config, self.decoder, self.out = config, decoder, out
-        self.model = FGramModel.from_decoder(
-            decoder, config.num_layers, fgrams.max_n, last_token_only=config.last_token_only
-        )
-        self.inputs = FGramInputs(fgrams, self.model)
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith("output.")]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(self.model.output.parameters()), "peak": config.output_learning_rate},
-                {"params": rest, "peak": config.learning_rate},
-            ],
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.98),
-        )
+        decoder.requires_grad_(not config.freeze_main).train(not config.freeze_main)
+        self.model: FGramModel | None = None
+        self.inputs: FGramInputs | None = None
+        if fgrams is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)  # of layers beyond those of the main model
+                self.model = FGramModel.from_decoder(
+                    decoder, config.num_layers, fgrams.max_n, last_token_only=config.last_token_only
+                )
+            self.inputs = FGramInputs(fgrams, self.model)
+        groups = _parameter_groups(config, decoder, self.model)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS)
         self.step, self.seconds = 0, 0.0
         self._load()
 
@@ -134,17 +112,21 @@ class _Run:
         windows = corpus.sample_windows(config.batch_size, config.seq_len, (config.seed, self.step))
         hidden, match_rate = self._hidden(windows[:, :-1])
         targets = torch.from_numpy(windows[:, 1:].astype(np.int64)).flatten()
-        loss = frozen_head_loss(hidden, self.decoder.lm_head.weight, targets)
+        loss = head_loss(hidden, self.decoder.lm_head.weight, targets)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters, config.max_gradient_norm)
         self.optimizer.step()
         self.step += 1
         self.seconds += time.monotonic() - started
         return float(loss.detach()), match_rate
 
     def _hidden(self, input_ids: NDArray[np.int32]) -> tuple[Tensor, float]:
-        embeddings, match_rate = self.inputs.embed(self.decoder, input_ids)
+        match_rate = 0.0
+        if self.inputs is None:
+            embeddings = self.decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
+        else:
+            embeddings, match_rate = self.inputs.embed(self.decoder, input_ids)
         positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
         return self.decoder(embeddings, positions, CausalAttention()).flatten(0, 1), match_rate
 
@@ -161,25 +143,26 @@ class _Run:
 
     def record(self, heldout: TokenStream, *, train_loss: float, match_rate: float) -> None:
         """Evaluates, adds a line to the curve, saves everything."""
-        loss = self.heldout_loss(heldout)
-        row = {
-            "step": self.step,
-            "tokens": self.step * self.config.batch_size * self.config.seq_len,
-            "train_loss": round(train_loss, 4),
-            "heldout_loss": round(loss, 4),
-            "match_rate": round(match_rate, 3),
-            "learning_rate": self.config.learning_rate * self.config.learning_rate_scale(self.step),
-            "seconds": round(self.seconds),
-        }
-        path = self.out / CURVE
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, CURVE_FIELDS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        config, loss = self.config, self.heldout_loss(heldout)
+        peak = config.learning_rate if config.freeze_main else config.main_learning_rate
+        append_point(
+            self.out,
+            CurvePoint(
+                step=self.step,
+                tokens=self.step * config.batch_size * config.seq_len,
+                train_loss=round(train_loss, 4),
+                heldout_loss=round(loss, 4),
+                match_rate=round(match_rate, 3),
+                learning_rate=peak * config.learning_rate_scale(self.step),
+                seconds=round(self.seconds),
+            ),
+        )
         tqdm.write(f"step {self.step}: held-out loss {loss:.4f} (perplexity {math.exp(loss):.3f})")
         self.save()
+
+    def _trained(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {} if self.model is None else {"model": self.model}
+        return parts if self.config.freeze_main else parts | {"main": self.decoder}
 
     def save(self) -> None:
         """Writes the state so that a kill leaves the old one or the new one."""
@@ -187,9 +170,9 @@ class _Run:
             "config": asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        state |= {name: part.state_dict() for name, part in self._trained().items()}
         partial = self.out / (STATE + ".partial")
         torch.save(state, partial)
         partial.replace(self.out / STATE)
@@ -200,14 +183,38 @@ class _Run:
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
         changed = sorted(k for k, v in asdict(self.config).items() if state["config"].get(k) != v)
+        if ("model" in state) != (self.model is not None):
+            changed.append("fgrams")
         if changed not in ([], ["steps"]):  # a run may be made longer, or be cooled down sooner
             raise CheckpointError(
                 f"{self.out} holds a run with another {', '.join(changed)}; "
                 "resume with the same settings, or choose another --out"
             )
-        self.model.load_state_dict(state["model"])
+        for name, part in self._trained().items():
+            part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _parameter_groups(
+    config: TrainConfig, decoder: Decoder, model: FGramModel | None
+) -> list[dict[str, Any]]:
+    """What is trained, by peak learning rate and by whether its weights decay."""
+    parts: list[tuple[float, list[tuple[str, nn.Parameter]]]] = []
+    if model is not None:
+        named = list(model.named_parameters())
+        parts.append((config.output_learning_rate, [p for p in named if p[0].startswith("output.")]))
+        parts.append((config.learning_rate, [p for p in named if not p[0].startswith("output.")]))
+    if not config.freeze_main:
+        parts.append((config.main_learning_rate, list(decoder.named_parameters())))
+    groups = []
+    for peak, named in parts:
+        for decays in (True, False):
+            chosen = [p for name, p in named if (p.dim() > 1 and "embed" not in name) == decays]
+            if chosen:
+                decay = config.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "peak": peak, "weight_decay": decay})
+    return groups
 
 
 @contextmanager

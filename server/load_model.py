@@ -7,15 +7,27 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
-from scone.server.serve_settings import engine_config, model_name, table_config
+from scone.server.model_device import model_device, model_dtype, placed
+from scone.server.recycled_metrics import RecycledCollector
+from scone.server.serve_settings import (
+    engine_config,
+    memory_budget,
+    model_name,
+    recycled_config,
+    table_config,
+)
+from scone.server.served_recycled import ServedRecycled
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
 from scone.server.table_metrics import TableCollector
@@ -33,6 +45,32 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: MemoryBudget) -> ServedRecycled:
+    """What operators see of a store that `engine` uses."""
+    recycler, cost = engine.recycler, engine.recycle_cost
+    assert recycler is not None
+    assert cost is not None
+    return ServedRecycled(
+        path=path,
+        store=store,
+        cost=cost,
+        memory=memory,
+        block_form=recycler.block_form.reason,
+        bytes_per_token=recycler.block_form.kv_bytes,
+        staging_bytes=recycler.staging_bytes,
+    )
+
+
+def _reserve_staging(memory: MemoryBudget, num_bytes: int) -> None:
+    """The rings take their part of the budget; nothing is served without them, so they are there anyway."""
+    if not memory.join("staging").reserve(num_bytes):
+        logger.warning(
+            "ram_bytes is %d, and the staging rings take %d beyond what is free of it: give it more",
+            memory.total_bytes,
+            num_bytes,
+        )
+
+
 class ModelLoader:
     """Loads step by step; says each step in the log and in `startup_seconds{phase}`."""
 
@@ -45,19 +83,29 @@ class ModelLoader:
         settings = self._settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        device = model_device(settings.device)
+        dtype = model_dtype(settings.dtype, device)
         with self._phase("checkpoint", f"opening {settings.model}"):
             checkpoint = open_checkpoint(settings.model)
             config = engine_config(settings, checkpoint.config.max_position)
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
+        memory = memory_budget(settings)
         table = None
         if settings.table is not None:
             with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads()))
+                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
                 table.table.check_model(checkpoint.model_hash, tokenizer.hash)
                 logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
-        with self._phase("weights", f"reading the weights as {settings.dtype}"):
-            decoder = checkpoint.decoder(dtype=getattr(torch, settings.dtype))
+        with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
+            decoder = checkpoint.decoder(dtype)
+            if settings.kronecker == "table":
+                decoder.precompute_embeddings()
+            decoder = placed(decoder, device)
+        store = None
+        if memory is not None:
+            with self._phase("recycled", f"opening the store of recycled states {settings.recycled}"):
+                store = RecycledStore.open(Path(settings.recycled), recycled_config(settings), memory)
         with self._phase("engine", "starting the engine"):
             engine = Engine(
                 config,
@@ -66,7 +114,13 @@ class ModelLoader:
                 None if table is None else table.table,
                 checkpoint.model_hash,
                 observer=self._metrics,
+                recycled=store,
             )
+            recycled = None
+            if store is not None and memory is not None:
+                recycled = served_recycled(settings.recycled, store, engine, memory)
+                _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
+                self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))
@@ -82,6 +136,7 @@ class ModelLoader:
             max_model_len=config.max_model_len,
             dim=checkpoint.config.dim,
             num_layers=checkpoint.config.num_layers,
+            recycled=recycled,
         )
 
     @contextmanager

@@ -100,6 +100,10 @@ class ServerMetrics:
         """Exports a table's counters as well."""
         self.registry.register(collector)
 
+    def watch_recycled(self, collector: Collector) -> None:
+        """Exports the counters of a store of recycled states as well."""
+        self.registry.register(collector)
+
     def watch_device(self, collector: Collector) -> None:
         """Exports what staging rows takes."""
         self.registry.register(collector)
@@ -141,6 +145,12 @@ class ServerMetrics:
         self._fgram_wait = histogram(
             "fgram_wait_seconds", "How long a sequence could have run but for its rows.", WAIT_SECONDS
         )
+        self._restored_tokens = counter(
+            "recycled_restored_tokens", "Prompt tokens whose state was fetched instead of computed."
+        )
+        self._restore_seconds = histogram(
+            "recycled_restore_seconds", "From asking for a prompt's stored blocks to their use.", WAIT_SECONDS
+        )
         self.table_reloads = counter("table_reloads", "Reloads of the table, by result.", "result")
         for result in RELOAD_RESULTS:
             self.table_reloads.labels(result)
@@ -168,6 +178,10 @@ class ServerMetrics:
 
     def on_rows_waited(self, seconds: float) -> None:
         self._fgram_wait.observe(seconds)
+
+    def on_restored(self, num_tokens: int, seconds: float) -> None:
+        self._restored_tokens.inc(num_tokens)
+        self._restore_seconds.observe(seconds)
 
     def on_sequence_finished(
         self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float

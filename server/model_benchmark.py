@@ -4,6 +4,7 @@ table and without, in turn, in one run.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -24,6 +25,7 @@ _LONG_PROMPT = 2000
 _SHORT_PROMPT = 32
 _DECODE_TOKENS = 32
 _BATCHES = (1, 32)
+_request_ids = itertools.count()
 
 
 class ModelBenchmark:
@@ -52,7 +54,7 @@ class ModelBenchmark:
             undo.callback(self.close)
             for engine in self._engines.values():
                 engine.start()
-                _generate(engine, [self._prompt(0, _SHORT_PROMPT)], 2)  # touches memory for the first time
+                generate(engine, [self._prompt(0, _SHORT_PROMPT)], 2)  # touches memory for the first time
             undo.pop_all()
         return self
 
@@ -72,7 +74,7 @@ class ModelBenchmark:
             for repeat in range(repeats):
                 prompts = [self._prompt(repeat * num + i, _SHORT_PROMPT) for i in range(num)]
                 for name, engine in self._engines.items():
-                    run = _generate(engine, prompts, _DECODE_TOKENS)
+                    run = generate(engine, prompts, _DECODE_TOKENS)
                     speeds[name].append(num * (_DECODE_TOKENS - 1) / (run.ended - run.all_began))
             result[f"{num}_sequences"] = _beside("tokens_per_second", speeds)
         return result
@@ -84,7 +86,7 @@ class ModelBenchmark:
             prompt = self._prompt(repeat, _LONG_PROMPT)
             for name, engine in self._engines.items():
                 began = time.perf_counter()
-                seconds[name].append(_generate(engine, [prompt], 1).all_began - began)
+                seconds[name].append(generate(engine, [prompt], 1).all_began - began)
         return {"prompt_tokens": _LONG_PROMPT, **_beside("seconds_to_first_token", seconds)}
 
     def _prompt(self, number: int, length: int) -> list[int]:
@@ -115,12 +117,12 @@ class _Run:
                 self.is_over.set()
 
 
-def _generate(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int) -> _Run:
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int) -> _Run:
     run = _Run(len(prompts))
     sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens)
     requests = [
-        GenerationRequest(request_id=str(i), input_ids=tuple(prompt), sampling=sampling)
-        for i, prompt in enumerate(prompts)
+        GenerationRequest(request_id=str(next(_request_ids)), input_ids=tuple(prompt), sampling=sampling)
+        for prompt in prompts
     ]
     engine.submit_batch(
         [(r, lambda delta, name=r.request_id: run.on_delta(name, delta)) for r in requests]  # type: ignore[misc]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import CpuDevice, Event, Stream
+from scone.cache.state_identity import StateIdentity
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.scheduler import Chunk
 
 COPY_SECONDS = 10e-6
@@ -28,6 +30,8 @@ COPY_BYTES_PER_SECOND = 25e9
 class Moment:
     """When a stream reaches a point."""
 
+    __slots__ = ("at",)
+
     def __init__(self) -> None:
         self.at = 0.0
 
@@ -37,15 +41,15 @@ class PacedDevice(CpuDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self._free_at = dict.fromkeys(Stream, 0.0)
+        self._compute, self._copy = Moment(), Moment()  # until when each stream is busy
 
     def compute(self, seconds: float) -> None:
         """Queues work of the model."""
-        self._occupy(Stream.COMPUTE, seconds)
+        self._compute.at = max(self._compute.at, time.perf_counter()) + seconds
 
     def finish(self) -> None:
         """Blocks until the model's work is done, as reading a result would."""
-        _sleep_until(self._free_at[Stream.COMPUTE])
+        _sleep_until(self._compute.at)
 
     def launch(self, kernel: Callable[[], object]) -> None:
         pass  # moves no data that the model would look at, and takes the device no time to speak of
@@ -54,14 +58,18 @@ class PacedDevice(CpuDevice):
         return Moment()
 
     def copy_to_device(self, target: Tensor, source: Tensor) -> None:
-        self.usage.copied_bytes += source.nbytes
-        self._occupy(Stream.COPY, COPY_SECONDS + source.nbytes / COPY_BYTES_PER_SECOND)
+        num_bytes = source.nbytes
+        self.usage.copied_bytes += num_bytes
+        self._copy.at = (
+            max(self._copy.at, time.perf_counter()) + COPY_SECONDS + num_bytes / COPY_BYTES_PER_SECOND
+        )
 
     def record(self, event: Event, stream: Stream) -> None:
-        event.at = self._free_at[stream]
+        event.at = self._moment(stream).at
 
     def wait(self, stream: Stream, event: Event) -> None:
-        self._free_at[stream] = max(self._free_at[stream], event.at)
+        moment = self._moment(stream)
+        moment.at = max(moment.at, event.at)
 
     def reached(self, event: Event) -> bool:
         return time.perf_counter() >= float(event.at)
@@ -69,8 +77,8 @@ class PacedDevice(CpuDevice):
     def synchronize(self, event: Event) -> None:
         _sleep_until(event.at)
 
-    def _occupy(self, stream: Stream, seconds: float) -> None:
-        self._free_at[stream] = max(self._free_at[stream], time.perf_counter()) + seconds
+    def _moment(self, stream: Stream) -> Moment:
+        return self._copy if stream is Stream.COPY else self._compute
 
 
 class PacedModel:
@@ -82,7 +90,8 @@ class PacedModel:
     """
 
     device = torch.device("cpu")
-    dtype = torch.float32
+    dtype = torch.bfloat16
+    state_identity = StateIdentity(model_hash="", tokenizer_hash="", compute="paced")
 
     def __init__(
         self,
@@ -99,7 +108,7 @@ class PacedModel:
         self.dim, self.vocab_size, self.num_blocks = dim, vocab_size, num_blocks
         self._device, self._texts = device, texts
         self._decode_seconds, self._prefill_speed = decode_seconds, prefill_tokens_per_second
-        self._embeddings = torch.zeros(max_num_tokens, dim)
+        self._embeddings = torch.zeros(max_num_tokens, dim, dtype=self.dtype)
         self._next_tokens = torch.zeros(max_num_tokens, 1)
         self._logits = torch.zeros(max_num_tokens, vocab_size)
         self._ones = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
@@ -108,7 +117,7 @@ class PacedModel:
         return self._embeddings[: sum(chunk.num_tokens for chunk in chunks)]
 
     def forward_each(
-        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+        self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
     ) -> list[Tensor]:
         """Hidden states (n, 1) of each chunk: the token that follows, where one is to be sampled."""
         num_decode = sum(chunk.num_tokens == 1 for chunk in chunks)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from scone.cache import TableConfig
-from scone.cache.table_config import DISK_READERS
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_config import RecycledConfig
+from scone.cache.table_config import DISK_READERS, auto_bytes
 from scone.server.api.config import ApiConfig
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.errors import SettingError
@@ -14,6 +16,7 @@ from scone.server.settings import Resolved, Setting, parse_bool, parse_bytes
 _TABLE = TableConfig()
 _ENGINE = EngineConfig()
 _API = ApiConfig()
+_RECYCLED = RecycledConfig()
 
 MODEL_SETTINGS = (
     Setting(name="model", required=True, help="GGUF file, Hugging Face folder or SCONE checkpoint folder"),
@@ -22,10 +25,21 @@ MODEL_SETTINGS = (
         name="served_model_name", help="name in /v1/models and in requests (default: the model's file name)"
     ),
     Setting(
+        name="device",
+        default="auto",
+        help="where the model runs: cpu, cuda, cuda:1; auto is CUDA if torch sees a device",
+    ),
+    Setting(
         name="dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of weights and activations",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of weights and activations; auto is float32 on a CPU, bfloat16 on CUDA",
+    ),
+    Setting(
+        name="kronecker",
+        default="table",
+        choices=("table", "bytes"),
+        help="Kronecker token embeddings: made into a table at start, or of their bytes each time",
     ),
     Setting(name="threads", kind=int, help="CPU threads for the model (default: all cores)"),
 )
@@ -40,8 +54,8 @@ TABLE_SETTINGS = (
     Setting(
         name="ram_bytes",
         kind=parse_budget,
-        help="memory for the table's most frequent rows, as in 4GiB; 0 leaves all rows to the page cache"
-        " (default: auto, 40 % of what is free)",
+        help="memory for the table's most frequent rows and for recycled states, as in 4GiB; 0 leaves all"
+        " rows to the page cache (default: auto, 40 % of what is free)",
     ),
     Setting(
         name="device_bytes",
@@ -60,6 +74,20 @@ TABLE_SETTINGS = (
         kind=int,
         default=_TABLE.io_depth,
         help="reads under way at a time when reading directly",
+    ),
+)
+
+RECYCLED_SETTINGS = (
+    Setting(
+        name="recycled",
+        help="folder in which computed states are kept for reuse, also by other servers on this host"
+        " (default: none are kept)",
+    ),
+    Setting(
+        name="disk_bytes",
+        kind=parse_bytes,
+        default=_RECYCLED.disk_bytes,
+        help="what that folder may take on disk, as in 8GiB",
     ),
 )
 
@@ -193,7 +221,7 @@ HTTP_SETTINGS = (
     Setting(name="log_format", default="text", choices=("text", "json"), help="how log lines look"),
 )
 
-SERVE_SETTINGS = (*MODEL_SETTINGS, *TABLE_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
+SERVE_SETTINGS = (*MODEL_SETTINGS, *TABLE_SETTINGS, *RECYCLED_SETTINGS, *ENGINE_SETTINGS, *HTTP_SETTINGS)
 
 
 def api_config(settings: Resolved) -> ApiConfig:
@@ -264,12 +292,25 @@ def _keys_in(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def table_config(settings: Resolved, num_threads: int) -> TableConfig:
+def memory_budget(settings: Resolved) -> MemoryBudget | None:
+    """What the table's rows and recycled states share; None where no states are kept."""
+    if settings.recycled is None:
+        return None
+    return MemoryBudget(auto_bytes() if settings.ram_bytes is None else settings.ram_bytes)
+
+
+def table_config(settings: Resolved, num_threads: int, memory: MemoryBudget | None = None) -> TableConfig:
     """How the table is read; raises CacheError."""
     return TableConfig(
+        memory=memory,
         ram_bytes=settings.ram_bytes,
         device_bytes=settings.device_bytes,
         disk_reader=settings.disk_reader,
         io_depth=settings.io_depth,
         num_threads=num_threads,
     )
+
+
+def recycled_config(settings: Resolved) -> RecycledConfig:
+    """How recycled states are kept; raises CacheError."""
+    return RecycledConfig(disk_bytes=settings.disk_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -12,7 +13,7 @@ from prometheus_client.registry import Collector
 from scone.cache.stats import READ_SECONDS_BUCKETS
 from scone.server.served_table import ServedTable
 
-PREFETCH_RESULTS = ("inline", "read", "cancelled", "dropped", "failed")
+PREFETCH_RESULTS = ("inline", "read", "cancelled", "failed")
 RESIDENT_INTERVAL_SECONDS = 15.0
 """The kernel walks page tables to answer; not at every scrape."""
 
@@ -42,8 +43,8 @@ class TableCollector(Collector):
         rows = CounterMetricFamily("scone_fgram_rows_read", "Rows read, by tier.", labels=["tier"])
         num_bytes = CounterMetricFamily("scone_fgram_bytes_read", "Bytes of those rows.", labels=["tier"])
         for tier in table.tier_names:
-            rows.add_metric([tier], stats.rows_read[tier])
-            num_bytes.add_metric([tier], stats.bytes_read[tier])
+            rows.add_metric([tier], stats.by_tier[tier].num_rows)
+            num_bytes.add_metric([tier], stats.by_tier[tier].num_bytes)
         yield from (rows, num_bytes)
         prefetches = CounterMetricFamily("scone_fgram_prefetch", "Reads by result.", labels=["result"])
         for result in PREFETCH_RESULTS:
@@ -60,12 +61,10 @@ class TableCollector(Collector):
         stats = self._served.table.stats
         seconds = HistogramMetricFamily("scone_fgram_read_seconds", "Duration of reads.", labels=["tier"])
         for tier in self._served.table.tier_names:
-            total, buckets = 0, []
-            for i, bound in enumerate(READ_SECONDS_BUCKETS):
-                total += stats.reads_within[tier, i]
-                buckets.append((str(bound), float(total)))
-            buckets.append(("+Inf", float(stats.reads[tier])))
-            seconds.add_metric([tier], buckets, sum_value=stats.read_seconds.get(tier, 0.0))
+            reads = stats.by_tier[tier]
+            bounds = (*map(str, READ_SECONDS_BUCKETS), "+Inf")
+            totals = map(float, accumulate(reads.num_within))
+            seconds.add_metric([tier], list(zip(bounds, totals, strict=True)), sum_value=reads.seconds)
         return seconds
 
     def _gauges(self) -> Iterator[Metric]:

@@ -14,12 +14,9 @@ from scone.cache import FGramTable
 from scone.model_store.checkpoint import Checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
-from scone.model_store.perplexity import measure_perplexity
+from scone.model_store.perplexity import SEQ_LEN, measure_perplexity
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
-
-SEQ_LEN = 192
-"""Tokens per window; as in `scone eval`, so that the figures compare."""
 
 
 class TableInputs:

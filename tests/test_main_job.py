@@ -24,6 +24,7 @@ from scone.model_store.fgram_model import FGramModel
 from scone.model_store.fgram_set import FGramSet
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
@@ -155,14 +156,14 @@ def test_every_input_is_the_row_of_its_longest_fgram(
     run_forward = ModelRunner.forward
 
     def recording(
-        self: ModelRunner, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None
+        self: ModelRunner, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange
     ) -> Tensor:
         row = 0
         for chunk in chunks:
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 inputs[tuple(chunk.seq.token_ids[: position + 1])] = embeddings[row].clone()
                 row += 1
-        return run_forward(self, chunks, embeddings, num_layers)
+        return run_forward(self, chunks, embeddings, layers)
 
     monkeypatch.setattr(ModelRunner, "forward", recording)
     prompts = [shipped.tokenizer().encode(text) for text in TEXTS]

@@ -68,6 +68,11 @@ static float from_fp8(uint8_t b) {
     return b & 0x80 ? -magnitude : magnitude;
 }
 
+// e8m0: a power of two by its exponent alone; 255 is NaN, and 0 a subnormal of float32.
+static inline float from_e8m0(uint8_t b) {
+    return float_of(b == 0 ? 0x00400000u : b == 255 ? 0x7FC00000u : uint32_t(b) << 23);
+}
+
 static const std::array<float, 256> kFp8Values = [] {
     std::array<float, 256> values{};
     for (int b = 0; b < 256; b++) values[size_t(b)] = from_fp8(uint8_t(b));
@@ -98,13 +103,13 @@ SCONE_WIDEST static void widen_int8(const uint8_t* from, float scale, float* to,
     for (int64_t i = 0; i < n; i++) to[i] = float(int8_t(from[i])) * scale;
 }
 
-static void widen_fp8(const uint8_t* from, float scale, float* to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = kFp8Values[from[i]] * scale;
+static void widen_fp8(const uint8_t* from, float scale, float* to) {
+    for (int64_t i = 0; i < kGroup; i++) to[i] = kFp8Values[from[i]] * scale;
 }
 
 // One group: byte i holds value i in its low half and value i + 16 in its high half, each offset by 8.
 SCONE_WIDEST static void widen_int4(const uint8_t* from, float scale, float* to) {
-    constexpr int64_t half = kInt4Group / 2;
+    constexpr int64_t half = kGroup / 2;
     for (int64_t i = 0; i < half; i++) {
         to[i] = float(int(from[i] & 15) - 8) * scale;
         to[i + half] = float(int(from[i] >> 4) - 8) * scale;
@@ -133,7 +138,8 @@ size_t stored_row_bytes(const RowFormat& format) {
     size_t dim = size_t(format.dim);
     switch (format.codec) {
         case Codec::raw: return dim * float_bytes(format.dtype);
-        case Codec::int4: return dim / kInt4Group * 2 + dim / 2;
+        case Codec::int4: return dim / kGroup * 2 + dim / 2;
+        case Codec::fp8: return dim / kGroup + dim;
         default: return 4 + dim;
     }
 }
@@ -147,11 +153,16 @@ static void widen(const RowFormat& format, const uint8_t* row, int64_t begin, in
             if (format.dtype == FloatType::float16) widen_float16(row + 2 * begin, to, n);
             return;
         case Codec::int8: return widen_int8(row + 4 + begin, load_float(row), to, n);
-        case Codec::fp8: return widen_fp8(row + 4 + begin, load_float(row), to, n);
         case Codec::int4: {
-            const uint8_t* halves = row + format.dim / kInt4Group * 2;
-            for (int64_t g = begin / kInt4Group; g < (begin + n) / kInt4Group; g++, to += kInt4Group)
-                widen_int4(halves + g * (kInt4Group / 2), from_float16(load16(row + 2 * g)), to);
+            const uint8_t* halves = row + format.dim / kGroup * 2;
+            for (int64_t g = begin / kGroup; g < (begin + n) / kGroup; g++, to += kGroup)
+                widen_int4(halves + g * (kGroup / 2), from_float16(load16(row + 2 * g)), to);
+            return;
+        }
+        case Codec::fp8: {
+            const uint8_t* values = row + format.dim / kGroup;
+            for (int64_t g = begin / kGroup; g < (begin + n) / kGroup; g++, to += kGroup)
+                widen_fp8(values + g * kGroup, from_e8m0(row[g]), to);
         }
     }
 }

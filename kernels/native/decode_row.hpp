@@ -18,7 +18,7 @@ struct RowFormat {
     int64_t dim;
 };
 
-constexpr int64_t kInt4Group = 32;
+constexpr int64_t kGroup = 32;  // values that share one scale in int4 and fp8 rows
 
 size_t float_bytes(FloatType type);
 // Bytes of one stored row.

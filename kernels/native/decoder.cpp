@@ -94,11 +94,14 @@ public:
         layers_.push_back(std::move(layer));
     }
 
-    // hidden (num_tokens, dim): embeddings in, states after the first num_layers out; after all, normalised.
+    // hidden (num_tokens, dim): states before layer first_layer in (embeddings, where that is 0), states after
+    // the first num_layers out; after all, normalised.
     void forward(MutableMatrix hidden, Indices positions, Indices query_starts, Indices context_lens,
-                 Tables block_tables, Cache k_cache, Cache v_cache, size_t num_layers) {
+                 Tables block_tables, Cache k_cache, Cache v_cache, size_t first_layer, size_t num_layers) {
         want(num_layers <= layers_.size(), "num_layers is more than the decoder has");
+        want(first_layer <= num_layers, "first_layer is more than num_layers");
         Step step;
+        step.first_layer = first_layer;
         step.num_layers = num_layers;
         step.rows = int(hidden.shape(0));
         step.hidden = hidden.data();
@@ -131,7 +134,7 @@ private:
         int rows, table_width, block_size;
         float* hidden;
         const int32_t *positions, *block_tables;
-        size_t cache_layer, num_layers;
+        size_t cache_layer, first_layer, num_layers;
         float *keys, *values;
     };
 
@@ -249,7 +252,7 @@ private:
         const auto kind = [](const PackedLinear* map) { return map->weights().inputs; };
         const auto as_it_is = [](int, int) {};
         const int width = shape_.num_heads * shape_.head_dim, ffn_dim = shape_.ffn_dim;
-        for (size_t i = 0; i < step.num_layers; ++i) {
+        for (size_t i = step.first_layer; i < step.num_layers; ++i) {
             const Layer& layer = layers_[i];
             prepare_normed(step, layer.attention_norm, kind(layer.q));
             multiply(space_, prepared_, step.rows, {{layer.q, q_.get()}, {layer.k, k_.get()}, {layer.v, v_.get()}});

@@ -1,15 +1,11 @@
 // Many reads of one file at once: io_uring at a constant queue depth, or a pool of threads that call pread.
 //
-// io_uring is used through its system calls, since liburing is one more thing to build; containers often forbid
-// it (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
-// so that a late completion can never land in memory that has been reused. What has arrived is checksummed while
-// the rest is still under way: the processor has nothing else to do.
-#include <linux/io_uring.h>
+// Containers often forbid io_uring (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
+// so that a late completion can never land in memory that has been reused. What has arrived is checksummed, and its
+// rows are decoded, while the rest is still under way: the processor has nothing else to do.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +22,8 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "decode_row.hpp"
+#include "uring.hpp"
 
 namespace nb = nanobind;
 
@@ -45,133 +43,70 @@ struct Span {
     uint32_t size;
     uint8_t* data;
     uint32_t* sums;  // of each page, if wanted
+    size_t first_row = 0, end_row = 0;  // the rows that lie wholly in it
+};
+
+// Rows to be decoded out of what is read: row i begins at data + offsets[i] and goes to the targets[i]-th of `out`.
+struct Rows {
+    RowFormat format;
+    const uint8_t* data;
+    const int64_t* offsets;  // rising
+    const int64_t* targets;
+    size_t num_rows;
+    uint8_t* out;
+    int64_t stride_bytes;
+    FloatType type;
+
+    void decode(size_t i) const {
+        decode_row(format, data + offsets[i], out + targets[i] * stride_bytes, type);
+    }
 };
 
 constexpr uint32_t kPageBytes = 4096;
 
-static void checksum(const Span& span) {
-    if (span.sums == nullptr) return;
-    for (uint32_t at = 0, page = 0; at < span.size; at += kPageBytes, page++)
-        span.sums[page] = crc32c(0, span.data + at, std::min(kPageBytes, span.size - at));
+// What is to be done with a span that has arrived.
+static void take(const Span& span, const Rows& rows) {
+    if (span.sums != nullptr)
+        for (uint32_t at = 0, page = 0; at < span.size; at += kPageBytes, page++)
+            span.sums[page] = crc32c(0, span.data + at, std::min(kPageBytes, span.size - at));
+    for (size_t i = span.first_row; i < span.end_row; i++) rows.decode(i);
 }
 
-class Uring {
-  public:
-    explicit Uring(unsigned depth) {
-        io_uring_params params{};
-        fd_ = int(syscall(__NR_io_uring_setup, depth, &params));
-        if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "io_uring_setup");
-        depth_ = std::min(depth, params.sq_entries);
-        size_t sq_bytes = params.sq_off.array + params.sq_entries * sizeof(uint32_t);
-        size_t cq_bytes = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
-        sqe_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
-        // since Linux 5.4 both rings share one mapping
-        ring_bytes_ = std::max(sq_bytes, cq_bytes);
-        ring_ = map(ring_bytes_, IORING_OFF_SQ_RING);
-        sqes_ = reinterpret_cast<io_uring_sqe*>(map(sqe_bytes_, IORING_OFF_SQES));
-        if (ring_ == MAP_FAILED || sqes_ == MAP_FAILED || !(params.features & IORING_FEAT_SINGLE_MMAP)) {
-            release();
-            throw std::system_error(ENOSYS, std::generic_category(), "io_uring rings");
-        }
-        sq_tail_ = at<uint32_t>(params.sq_off.tail);
-        sq_mask_ = *at<uint32_t>(params.sq_off.ring_mask);
-        sq_array_ = at<uint32_t>(params.sq_off.array);
-        cq_head_ = at<uint32_t>(params.cq_off.head);
-        cq_tail_ = at<uint32_t>(params.cq_off.tail);
-        cq_mask_ = *at<uint32_t>(params.cq_off.ring_mask);
-        cqes_ = at<io_uring_cqe>(params.cq_off.cqes);
-    }
-    ~Uring() { release(); }
-    Uring(const Uring&) = delete;
-    Uring& operator=(const Uring&) = delete;
-
-    // Reads all spans, keeping `depth` of them under way. On an error no more are begun, but all are awaited.
-    int64_t read(int file, const std::vector<Span>& spans) {
-        size_t next = 0, under_way = 0;
-        int64_t result = kDone;
-        unsigned unsubmitted = 0;
-        std::vector<size_t> arrived;
-        while (under_way > 0 || (result == kDone && next < spans.size())) {
-            while (result == kDone && under_way < depth_ && next < spans.size()) {
-                push(file, spans[next], next);
-                next++;
-                under_way++;
-                unsubmitted++;
+// Reads all spans, keeping as many under way as the ring takes. On an error no more are begun, but all are awaited.
+static int64_t read_with_ring(Uring& ring, int file, const std::vector<Span>& spans, const Rows& rows) {
+    size_t next = 0, under_way = 0;
+    int64_t result = kDone;
+    std::vector<size_t> arrived;
+    while (under_way > 0 || (result == kDone && next < spans.size())) {
+        for (; result == kDone && under_way < ring.depth() && next < spans.size(); next++, under_way++)
+            ring.push(file, spans[next].offset, spans[next].size, spans[next].data, next);
+        // the queue is filled up again before what has arrived is looked at
+        int fault = ring.enter(arrived.empty() ? 1 : 0);
+        if (fault == EINTR || fault == EAGAIN || fault == EBUSY) continue;
+        if (fault != 0) std::abort();  // reads may still be under way into memory that we do not own
+        for (size_t i : arrived) take(spans[i], rows);
+        arrived.clear();
+        ring.reap([&](uint64_t i, int32_t got) {
+            under_way--;
+            if (result != kDone) return;
+            if (got < 0) {
+                result = -got;
+            } else if (uint32_t(got) != spans[i].size) {
+                result = kShortRead;
+            } else {
+                arrived.push_back(i);
             }
-            // the queue is filled up again before what has arrived is looked at
-            unsigned wait_for = arrived.empty() ? 1 : 0;
-            long entered =
-                syscall(__NR_io_uring_enter, fd_, unsubmitted, wait_for, IORING_ENTER_GETEVENTS, nullptr, 0);
-            if (entered < 0) {
-                if (errno == EINTR || errno == EAGAIN || errno == EBUSY) continue;
-                std::abort();  // reads may still be under way into memory that we do not own
-            }
-            unsubmitted -= unsigned(entered);
-            for (size_t i : arrived) checksum(spans[i]);
-            arrived.clear();
-            uint32_t head = *cq_head_;
-            for (uint32_t tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE); head != tail; head++, under_way--) {
-                const io_uring_cqe& entry = cqes_[head & cq_mask_];
-                if (result != kDone) continue;
-                if (entry.res < 0) {
-                    result = -entry.res;
-                } else if (uint32_t(entry.res) != spans[entry.user_data].size) {
-                    result = kShortRead;
-                } else {
-                    arrived.push_back(entry.user_data);
-                }
-            }
-            __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
-        }
-        for (size_t i : arrived) checksum(spans[i]);
-        return result;
+        });
     }
+    for (size_t i : arrived) take(spans[i], rows);
+    return result;
+}
 
-  private:
-    template <class T>
-    T* at(uint32_t offset) const {
-        return reinterpret_cast<T*>(static_cast<uint8_t*>(ring_) + offset);
-    }
-
-    void* map(size_t size, uint64_t offset) const {
-        return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, off_t(offset));
-    }
-
-    void push(int file, const Span& span, size_t id) {
-        uint32_t tail = *sq_tail_, slot = tail & sq_mask_;
-        io_uring_sqe& entry = sqes_[slot];
-        std::memset(&entry, 0, sizeof entry);
-        entry.opcode = IORING_OP_READ;
-        entry.fd = file;
-        entry.off = span.offset;
-        entry.addr = reinterpret_cast<uint64_t>(span.data);
-        entry.len = span.size;
-        entry.user_data = id;
-        sq_array_[slot] = slot;
-        __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
-    }
-
-    void release() {
-        if (sqes_ != nullptr && sqes_ != MAP_FAILED) munmap(sqes_, sqe_bytes_);
-        if (ring_ != nullptr && ring_ != MAP_FAILED) munmap(ring_, ring_bytes_);
-        if (fd_ >= 0) close(fd_);
-    }
-
-    int fd_ = -1;
-    unsigned depth_ = 0;
-    void* ring_ = nullptr;
-    io_uring_sqe* sqes_ = nullptr;
-    size_t ring_bytes_ = 0, sqe_bytes_ = 0;
-    uint32_t *sq_tail_ = nullptr, *sq_array_ = nullptr, *cq_head_ = nullptr, *cq_tail_ = nullptr;
-    uint32_t sq_mask_ = 0, cq_mask_ = 0;
-    io_uring_cqe* cqes_ = nullptr;
-};
-
-static int64_t pread_whole(int file, const Span& span) {
+static int64_t pread_whole(int file, const Span& span, const Rows& rows) {
     for (;;) {
         ssize_t got = pread(file, span.data, span.size, off_t(span.offset));
         if (got == ssize_t(span.size)) {
-            checksum(span);
+            take(span, rows);
             return kDone;
         }
         if (got >= 0) return kShortRead;
@@ -179,12 +114,12 @@ static int64_t pread_whole(int file, const Span& span) {
     }
 }
 
-static int64_t read_with_threads(int file, const std::vector<Span>& spans, unsigned depth) {
+static int64_t read_with_threads(int file, const std::vector<Span>& spans, const Rows& rows, unsigned depth) {
     std::atomic<size_t> next{0};
     std::atomic<int64_t> result{kDone};
     auto work = [&] {
         for (size_t i = next++; i < spans.size() && result == kDone; i = next++) {
-            int64_t outcome = pread_whole(file, spans[i]);
+            int64_t outcome = pread_whole(file, spans[i], rows);
             int64_t none = kDone;
             if (outcome != kDone) result.compare_exchange_strong(none, outcome);
         }
@@ -209,6 +144,36 @@ class SpanReader {
     // and sums[p] becomes the checksum of the p-th page at address.
     int64_t read(Array1<int64_t> offsets, Array1<int64_t> sizes, Array1<int64_t> places, uintptr_t address,
                  size_t capacity, std::optional<OutSums> sums) {
+        return read_rows(offsets, sizes, places, address, capacity, sums, Rows{});
+    }
+
+    // As `read`; the rows that begin at address + row_offsets[i], which rise, are decoded to the row_targets[i]-th row
+    // of `out`. Where two spans meet within a row, it waits for both.
+    int64_t read_and_decode(Array1<int64_t> offsets, Array1<int64_t> sizes, Array1<int64_t> places, uintptr_t address,
+                            size_t capacity, std::optional<OutSums> sums, Array1<int64_t> row_offsets,
+                            Array1<int64_t> row_targets, int codec, int dtype, int64_t dim, uintptr_t out,
+                            int64_t stride_bytes, int out_type) {
+        Rows rows{RowFormat{Codec(codec), FloatType(dtype), dim},
+                  reinterpret_cast<const uint8_t*>(address),
+                  row_offsets.data(),
+                  row_targets.data(),
+                  row_offsets.size(),
+                  reinterpret_cast<uint8_t*>(out),
+                  stride_bytes,
+                  FloatType(out_type)};
+        if (row_targets.size() != rows.num_rows) throw std::invalid_argument("rows and targets differ in number");
+        auto row_bytes = int64_t(stored_row_bytes(rows.format));
+        for (size_t i = 0; i < rows.num_rows; i++) {
+            int64_t before = i == 0 ? 0 : rows.offsets[i - 1];
+            if (rows.offsets[i] < before || rows.offsets[i] + row_bytes > int64_t(capacity))
+                throw std::invalid_argument("a row lies beyond the buffer, or they are not in order");
+        }
+        return read_rows(offsets, sizes, places, address, capacity, sums, rows);
+    }
+
+  private:
+    int64_t read_rows(Array1<int64_t> offsets, Array1<int64_t> sizes, Array1<int64_t> places, uintptr_t address,
+                      size_t capacity, std::optional<OutSums> sums, const Rows& rows) {
         size_t n = offsets.size();
         if (sums) capacity = std::min(capacity, sums->size() * kPageBytes);
         if (sizes.size() != n || places.size() != n) throw std::invalid_argument("spans differ in number");
@@ -222,16 +187,40 @@ class SpanReader {
             spans[i] = {uint64_t(offset), uint32_t(size), reinterpret_cast<uint8_t*>(address) + place, span_sums};
         }
         nb::gil_scoped_release unlocked;
-        if (n == 1) return pread_whole(file_, spans[0]);
+        std::vector<size_t> between = share_out(rows, spans);
+        int64_t result = read_spans(spans, rows);
+        if (result == kDone)
+            for (size_t i : between) rows.decode(i);
+        return result;
+    }
+
+    int64_t read_spans(const std::vector<Span>& spans, const Rows& rows) {
+        if (spans.size() == 1) return pread_whole(file_, spans[0], rows);
         std::unique_ptr<Uring> ring = use_uring_ ? take_ring() : nullptr;
-        if (ring == nullptr) return read_with_threads(file_, spans, depth_);
-        int64_t result = ring->read(file_, spans);
+        if (ring == nullptr) return read_with_threads(file_, spans, rows, depth_);
+        int64_t result = read_with_ring(*ring, file_, spans, rows);
         std::lock_guard<std::mutex> lock(mutex_);
         free_rings_.push_back(std::move(ring));
         return result;
     }
 
-  private:
+    // Gives each span the rows that lie in it, spans lying one after the other; returns those that lie in two.
+    static std::vector<size_t> share_out(const Rows& rows, std::vector<Span>& spans) {
+        std::vector<size_t> between;
+        if (rows.num_rows == 0) return between;
+        auto row_bytes = int64_t(stored_row_bytes(rows.format));
+        size_t row = 0;
+        for (Span& span : spans) {
+            int64_t begin = span.data - rows.data, end = begin + span.size;
+            for (; row < rows.num_rows && rows.offsets[row] < begin; row++) between.push_back(row);
+            span.first_row = row;
+            while (row < rows.num_rows && rows.offsets[row] + row_bytes <= end) row++;
+            span.end_row = row;
+        }
+        for (; row < rows.num_rows; row++) between.push_back(row);
+        return between;
+    }
+
     // None if the kernel allows no further ring (locked memory, descriptors).
     std::unique_ptr<Uring> take_ring() {
         {
@@ -271,7 +260,8 @@ void register_disk_read(nb::module_& m) {
     nb::class_<SpanReader>(m, "SpanReader")
         .def(nb::init<int, unsigned, bool>())
         .def("read", &SpanReader::read, nb::arg("offsets"), nb::arg("sizes"), nb::arg("places"),
-             nb::arg("address"), nb::arg("capacity"), nb::arg("sums").none());
+             nb::arg("address"), nb::arg("capacity"), nb::arg("sums").none())
+        .def("read_and_decode", &SpanReader::read_and_decode);
 }
 
 }  // namespace scone

@@ -27,22 +27,26 @@ using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Results of gather: the number of rows written, or a fault.
 constexpr int64_t kPageFault = -1;
-constexpr int64_t kDamagedRow = -2;  // kDamagedRow - r: row r does not fit its checksum
+constexpr int64_t kBeyond = -2;      // an id is beyond the table; nothing was written
+constexpr int64_t kDamagedRow = -3;  // kDamagedRow - r: row r does not fit its checksum
 constexpr size_t kPageBytes = 4096;             // granularity of mincore and madvise; larger pages are multiples
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, starting a thread costs more than it saves
-constexpr int64_t kStreamBytes = 4 << 20;       // more than this would push all else out of the caches
-constexpr int64_t kRowsAhead = 8;               // rows whose first lines are on their way while one is copied
+constexpr int64_t kStreamBytes = 16 << 20;       // more than this would push all else out of the caches
+constexpr int64_t kRowsAhead = 16;              // rows whose first lines are on their way while one is copied
+constexpr int64_t kUnlockBytes = 256 << 10;     // a shorter copy ends before the GIL, once given away, comes back
 
 // The rows of one table as bytes in memory. Row r lies in block r / rows_per_block; rows.bin is one block.
 class RowMemory {
   public:
+    // Of the table's `num_ids` rows, the first `num_rows`.
     RowMemory(Array1<uint8_t> bytes, Array1<uint64_t> block_offsets, int64_t rows_per_block, int64_t num_rows,
-              int codec, int dtype, int64_t dim, std::optional<Array1<uint32_t>> page_sums)
+              int64_t num_ids, int codec, int dtype, int64_t dim, std::optional<Array1<uint32_t>> page_sums)
         : bytes_(bytes.data()),
           blocks_(block_offsets.data()),
           rows_per_block_(rows_per_block),
           num_rows_(num_rows),
+          num_ids_(num_ids),
           format_{Codec(codec), FloatType(dtype), dim},
           row_bytes_(stored_row_bytes(format_)) {
         if (rows_per_block < 1 || num_rows < 1 || dim < 1) throw std::invalid_argument("empty rows");
@@ -62,7 +66,7 @@ class RowMemory {
     }
 
     // out[i] = row ids[i] for begin <= ids[i] < end; other rows of out stay untouched.
-    // Returns the number of rows written, kPageFault, or kDamagedRow - row.
+    // Returns the number of rows written, kPageFault, kBeyond, or kDamagedRow - row.
     int64_t gather(Array1<int64_t> ids, int64_t begin, int64_t end, uintptr_t out, int64_t out_stride_bytes,
                    int out_type, int num_threads) {
         if (begin < 0 || end > num_rows_) throw std::invalid_argument("the range of rows exceeds the table");
@@ -74,14 +78,16 @@ class RowMemory {
                          format_.dtype == target.type &&
                          (out | uintptr_t(out_stride_bytes) | row_bytes_) % kStreamAlign == 0;
         const int64_t* id = ids.data();
-        nb::gil_scoped_release unlocked;
+        int64_t largest = -1;
+        for (int64_t i = 0; i < n; i++) largest = std::max(largest, id[i]);
+        if (largest >= num_ids_) return kBeyond;
+        // What is mapped from a file may have to be waited for.
+        std::optional<nb::gil_scoped_release> unlocked;
+        if (sums_ != nullptr || n * int64_t(row_bytes_) > kUnlockBytes) unlocked.emplace();
+        if (threads == 1) return gather_guarded(id, 0, n, begin, end, target);
         std::vector<int64_t> results(size_t(threads), 0);
         auto work = [&, begin, end](int64_t t) {
-            int64_t from = n * t / threads, to = n * (t + 1) / threads;
-            int64_t* result = &results[size_t(t)];
-            bool readable = guarded([&] { *result = gather_range(id, from, to, begin, end, target); });
-            if (!readable) *result = kPageFault;
-            if (target.streams) stream_fence();
+            results[size_t(t)] = gather_guarded(id, n * t / threads, n * (t + 1) / threads, begin, end, target);
         };
         std::vector<std::thread> helpers;
         for (int64_t t = 1; t < threads; t++) helpers.emplace_back(work, t);
@@ -142,6 +148,14 @@ class RowMemory {
         return bytes_ + blocks_[block] + size_t(row - block * rows_per_block_) * row_bytes_;
     }
 
+    int64_t gather_guarded(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end,
+                           const Target& target) {
+        int64_t result = 0;
+        bool readable = guarded([&] { result = gather_range(ids, from, to, begin, end, target); });
+        if (target.streams) stream_fence();
+        return readable ? result : kPageFault;
+    }
+
     int64_t gather_range(const int64_t* ids, int64_t from, int64_t to, int64_t begin, int64_t end,
                          const Target& target) {
         auto ask_for = [&](int64_t row) {
@@ -198,7 +212,7 @@ class RowMemory {
 
     const uint8_t* bytes_;
     const uint64_t* blocks_;
-    int64_t rows_per_block_, num_rows_;
+    int64_t rows_per_block_, num_rows_, num_ids_;
     RowFormat format_;
     size_t row_bytes_;
     const uint32_t* sums_ = nullptr;
@@ -220,25 +234,18 @@ static void decode_rows(Array1<uint8_t> bytes, Array1<int64_t> offsets, int code
     }
 }
 
-// The largest of these ids; -1 if there is none.
-static int64_t largest_id(Array1<int64_t> ids) {
-    int64_t largest = -1;
-    for (size_t i = 0; i < ids.size(); i++) largest = std::max(largest, ids.data()[i]);
-    return largest;
-}
-
 void register_gather(nb::module_& m) {
     nb::class_<RowMemory>(m, "RowMemory")
-        .def(nb::init<Array1<uint8_t>, Array1<uint64_t>, int64_t, int64_t, int, int, int64_t,
+        .def(nb::init<Array1<uint8_t>, Array1<uint64_t>, int64_t, int64_t, int64_t, int, int, int64_t,
                       std::optional<Array1<uint32_t>>>(),
              nb::arg("bytes"), nb::arg("block_offsets"), nb::arg("rows_per_block"), nb::arg("num_rows"),
-             nb::arg("codec"), nb::arg("dtype"), nb::arg("dim"), nb::arg("page_sums").none(),
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 9>())
+             nb::arg("num_ids"), nb::arg("codec"), nb::arg("dtype"), nb::arg("dim"),
+             nb::arg("page_sums").none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+             nb::keep_alive<1, 10>())
         .def("gather", &RowMemory::gather)
         .def("absent", &RowMemory::find_absent)
         .def("will_need", &RowMemory::will_need);
     m.def("decode_rows", &decode_rows);
-    m.def("largest_id", &largest_id, nb::arg("ids").noconvert());
 }
 
 }  // namespace scone

@@ -166,21 +166,46 @@ class Matcher {
                              lengths.data());
     }
 
-    // Matches the last position of each sequence, a list of token ids.
-    int64_t match_ends(nb::list sequences, Out1<int64_t> rows, Out1<int8_t> lengths) const {
-        size_t batch = nb::len(sequences), width = size_t(index_.max_n);
-        if (rows.size() != batch || lengths.size() != batch)
-            throw std::invalid_argument("sequences, rows and lengths differ in size");
-        std::vector<int64_t> windows(batch * width, -1);
-        for (size_t i = 0; i < batch; i++) {
-            nb::list tokens = nb::cast<nb::list>(sequences[i]);
-            size_t size = nb::len(tokens), num = std::min(size, width);
-            for (size_t k = 0; k < num; k++)
-                windows[(i + 1) * width - num + k] = nb::cast<int64_t>(tokens[size - num + k]);
+    // Appends the row at the last position of each sequence, a list of token ids, to its list of row ids. The rows
+    // that there are go to `wanted` as well, and whose they are to `places`. Returns how many there are, or
+    // -3 - fault; then nothing was appended. Lists, since that is what a decode step has and keeps: arrays to carry
+    // them would cost more than the match.
+    int64_t match_newest(nb::list sequences, nb::list row_ids, Out1<int64_t> wanted, Out1<int64_t> places) const {
+        Py_ssize_t batch = PyList_GET_SIZE(sequences.ptr()), width = index_.max_n;
+        std::vector<int64_t> windows(size_t(batch * width), -1), rows(static_cast<size_t>(batch));
+        std::vector<int8_t> lengths(static_cast<size_t>(batch));
+        if (PyList_GET_SIZE(row_ids.ptr()) != batch)
+            throw std::invalid_argument("there are not as many lists of row ids as of token ids");
+        if (Py_ssize_t(wanted.size()) < batch || Py_ssize_t(places.size()) < batch)
+            throw std::invalid_argument("wanted or places is shorter than the batch");
+        for (Py_ssize_t i = 0; i < batch; i++) {
+            PyObject* tokens = PyList_GET_ITEM(sequences.ptr(), i);
+            if (!PyList_Check(tokens) || !PyList_Check(PyList_GET_ITEM(row_ids.ptr(), i)))
+                throw nb::type_error("the token ids and the row ids of a sequence must be lists");
+            Py_ssize_t size = PyList_GET_SIZE(tokens), num = std::min(size, width);
+            int64_t* window = &windows[size_t((i + 1) * width - num)];
+            for (Py_ssize_t k = 0; k < num; k++) {
+                window[k] = PyLong_AsLongLong(PyList_GET_ITEM(tokens, size - num + k));
+                if (window[k] == -1 && PyErr_Occurred()) throw nb::python_error();
+            }
         }
-        nb::gil_scoped_release unlocked;
-        return match_windows(windows.data(), int64_t(width), 1, int64_t(batch), int64_t(width), rows.data(),
-                             lengths.data());
+        int64_t fault;
+        {
+            nb::gil_scoped_release unlocked;
+            fault = match_windows(windows.data(), width, 1, batch, width, rows.data(), lengths.data());
+        }
+        if (fault != kNoFault) return -3 - fault;
+        int64_t num_wanted = 0;
+        for (Py_ssize_t i = 0; i < batch; i++) {
+            int64_t row = rows[size_t(i)];
+            nb::object id = nb::steal(PyLong_FromLongLong(row));
+            if (!id.is_valid() || PyList_Append(PyList_GET_ITEM(row_ids.ptr(), i), id.ptr()) != 0)
+                throw nb::python_error();
+            if (row < 0) continue;
+            wanted.data()[num_wanted] = row;
+            places.data()[num_wanted++] = i;
+        }
+        return num_wanted;
     }
 
   private:
@@ -257,8 +282,8 @@ void register_match(nb::module_& m) {
              nb::arg("rows").noconvert(), nb::arg("lengths").noconvert())
         .def("match_last", &Matcher::match_last<int64_t>, nb::arg("windows").noconvert(),
              nb::arg("rows").noconvert(), nb::arg("lengths").noconvert())
-        .def("match_ends", &Matcher::match_ends, nb::arg("sequences"), nb::arg("rows").noconvert(),
-             nb::arg("lengths").noconvert());
+        .def("match_newest", &Matcher::match_newest, nb::arg("sequences").noconvert(),
+             nb::arg("row_ids").noconvert(), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
 }
 
 }  // namespace scone

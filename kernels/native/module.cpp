@@ -10,6 +10,7 @@ void register_decoder(nb::module_&);
 void register_gather(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
+void register_read_queue(nb::module_&);
 }  // namespace scone
 
 NB_MODULE(_native, m) {
@@ -20,4 +21,5 @@ NB_MODULE(_native, m) {
     scone::register_gather(m);
     scone::register_match(m);
     scone::register_ngram_count(m);
+    scone::register_read_queue(m);
 }

@@ -16,6 +16,7 @@ from scone.server.api import (
     health,
     metrics_page,
     models,
+    recycled,
     tables,
     tokenization,
 )
@@ -59,6 +60,7 @@ def create_app(state: ServerState) -> FastAPI:
         embeddings,
         models,
         tables,
+        recycled,
         tokenization,
         health,
         metrics_page,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from scone.model_store.tokenizer import Tokenizer
     from scone.server.api.config import ApiConfig
     from scone.server.api.generation import Generation
+    from scone.server.served_recycled import ServedRecycled
     from scone.server.served_table import ServedTable
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class ServedModel:
     max_model_len: int
     dim: int
     num_layers: int
+    recycled: ServedRecycled | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

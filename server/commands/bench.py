@@ -13,19 +13,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from scone.cache.continuation_benchmark import benchmark_continuations
 from scone.cache.lookup_benchmark import LookupBenchmark
-from scone.cache.lookup_workload import hold_out
+from scone.cache.lookup_workload import hold_out, write_table
+from scone.model_store.checkpoint import open_checkpoint
+from scone.model_store.codec_benchmark import benchmark_codecs
+from scone.model_store.corpus import read_documents
 from scone.model_store.count_benchmark import benchmark as benchmark_count
 from scone.model_store.count_benchmark import made_up_corpus
 from scone.model_store.token_corpus import TokenCorpus
+from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize
+from scone.server.commands.plan import cut_prompts
 from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
-from scone.server.settings import Command, Resolved, Setting, parse_bool
+from scone.server.plan_benchmark import benchmark_plan
+from scone.server.recycled_benchmark import RecycledBenchmark
+from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
 
 def run(settings: Resolved) -> int:
-    measure = {"lookup": _lookup, "count": _count, "prefill": _prefill, "decode": _decode}
+    measure = {
+        "lookup": _lookup,
+        "continuations": _continuations,
+        "count": _count,
+        "codec": _codec,
+        "plan": _plan,
+        "prefill": _prefill,
+        "decode": _decode,
+        "recycled": _recycled,
+    }
     print(json.dumps(measure[settings.what](settings)))
     return 0
 
@@ -35,14 +55,53 @@ def _count(settings: Resolved) -> dict[str, Any]:
     return benchmark_count(corpus, max_n=4, top=settings.rows, memory_bytes=None)
 
 
-def _lookup(settings: Resolved) -> dict[str, Any]:
+def _codec(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text):
+        raise SettingError("model, table or text is missing: codecs are measured on a real table's rows")
+    checkpoint = open_checkpoint(settings.model)
+    tokenizer = checkpoint.tokenizer()
+    corpus = tokenize(read_documents([str(settings.text)]), tokenizer)
+    stream = TokenStream.from_corpus(corpus, tokenizer)
+    return benchmark_codecs(Path(settings.table), checkpoint, stream, settings.max_tokens)
+
+
+def _plan(settings: Resolved) -> dict[str, Any]:
+    if None in (settings.model, settings.table, settings.text, settings.ram):
+        raise SettingError("model, table, text or ram is missing: a plan is held against a real table")
+    checkpoint = open_checkpoint(settings.model)
+    text = settings.text.read_text(encoding="utf-8", errors="replace")
+    prompts = cut_prompts(np.asarray(checkpoint.tokenizer().encode(text)), settings.tokens)
+    return _machine("plan") | benchmark_plan(
+        checkpoint,
+        Path(settings.table),
+        prompts,
+        ram_bytes=settings.ram,
+        batch=settings.batch,
+        repeats=settings.repeats,
+    )
+
+
+def _texts(settings: Resolved) -> tuple[TokenCorpus, TokenCorpus]:
+    """The corpus, and text that was held out of it."""
     if settings.corpus is None:
-        made_up = made_up_corpus(settings.corpus_tokens)
-        corpus, heldout = hold_out(made_up, settings.tokens * settings.repeats)
-    elif settings.heldout is None:
-        corpus, heldout = hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
-    else:
-        corpus, heldout = TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+        return hold_out(made_up_corpus(settings.corpus_tokens), settings.tokens * settings.repeats)
+    if settings.heldout is None:
+        return hold_out(TokenCorpus.load(settings.corpus), settings.tokens * settings.repeats)
+    return TokenCorpus.load(settings.corpus), TokenCorpus.load(settings.heldout)
+
+
+def _continuations(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
+    with _work_folder(settings) as work:
+        table, _ = write_table(
+            work, corpus, num_rows=settings.rows, min_count=settings.min_count, dim=settings.dim
+        )
+        found = benchmark_continuations(table, heldout, num_tokens=settings.tokens * settings.repeats)
+    return _described("continuations", settings) | found
+
+
+def _lookup(settings: Resolved) -> dict[str, Any]:
+    corpus, heldout = _texts(settings)
     with _work_folder(settings) as work:
         return LookupBenchmark(
             work=work,
@@ -78,6 +137,20 @@ def _decode(settings: Resolved) -> dict[str, Any]:
     return result
 
 
+def _recycled(settings: Resolved) -> dict[str, Any]:
+    if settings.model is None:
+        raise SettingError("model is not given: wanted the model whose states are recycled")
+    result: dict[str, Any] = _machine("recycled") | {"repeats": settings.repeats}
+    with _work_folder(settings) as work:
+        benchmark = RecycledBenchmark(settings.model, work)
+        result["first_token"] = benchmark.first_token(settings.repeats)
+        result["identity"] = [
+            benchmark.identity(settings.prompts, "native"),
+            benchmark.identity(max(2, settings.prompts // 10), "torch"),
+        ]
+    return result
+
+
 @contextmanager
 def _workload(settings: Resolved) -> Iterator[Workload]:
     with _work_folder(settings) as work:
@@ -92,13 +165,15 @@ def _workload(settings: Resolved) -> Iterator[Workload]:
 def _described(name: str, settings: Resolved) -> dict[str, Any]:
     if settings.model is not None and (settings.table is None or settings.text is None):
         raise SettingError("model is given without table or text: wanted all three, or none of them")
+    return _machine(name) | {"rows": settings.rows, "dim": settings.dim, "repeats": settings.repeats}
+
+
+def _machine(benchmark: str) -> dict[str, Any]:
     return {
-        "benchmark": name,
+        "benchmark": benchmark,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(UTC).date().isoformat(),
-        "rows": settings.rows,
-        "dim": settings.dim,
-        "repeats": settings.repeats,
+        "command": " ".join(("scone", *sys.argv[1:])),
     }
 
 
@@ -113,13 +188,13 @@ def _work_folder(settings: Resolved) -> Iterator[Path]:
 
 COMMAND = Command(
     name="bench",
-    help="measure look-up, counting, prefill or decode; the last line is JSON",
+    help="measure look-up, counting, codecs, predictions, prefill or decode; the last line is JSON",
     settings=(
         Setting(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "count", "prefill", "decode"),
+            choices=("lookup", "continuations", "count", "codec", "plan", "prefill", "decode", "recycled"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -133,10 +208,28 @@ COMMAND = Command(
         Setting(
             name="lmdb", kind=parse_bool, default=True, help="measure the paper's LMDB too: a large file"
         ),
+        Setting(
+            name="ram",
+            kind=parse_bytes,
+            help="plan: bytes of rows in memory; the others are read from the disk",
+        ),
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
-        Setting(name="model", help="prefill, decode: a model to measure too, with its table and without"),
-        Setting(name="table", help="the table of that model"),
-        Setting(name="text", kind=Path, help="a text file to prompt that model with"),
+        Setting(
+            name="model",
+            help="prefill, decode: a model to measure too, with its table and without; codec: the table's;"
+            " recycled: the model",
+        ),
+        Setting(name="table", help="the table of that model; codec: a raw one"),
+        Setting(name="text", kind=Path, help="a text file to prompt that model with; codec: a corpus file"),
+        Setting(
+            name="max_tokens", kind=int, default=6144, help="codec: tokens of it to compare predictions on"
+        ),
+        Setting(
+            name="prompts",
+            kind=int,
+            default=200,
+            help="recycled: prompts whose answers are compared cold and restored",
+        ),
         Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(
             name="work",

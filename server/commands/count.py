@@ -8,6 +8,8 @@ from pathlib import Path
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.count import count_fgrams
 from scone.model_store.fgram_set import FGramSet
+from scone.model_store.ray_engine import count_on_ray
+from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.tokenize_corpus import tokenize_files
 from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
 from scone.server.errors import SettingError
@@ -23,19 +25,21 @@ def run(settings: Resolved) -> int:
     tokenizer = open_tokenizer(settings.tokenizer)
     work = settings.out.with_name(settings.out.name + ".work")
     corpus = tokenize_files(settings.corpus, tokenizer, work / "tokens")
-    fgrams = count_fgrams(
-        corpus,
-        max_n=settings.max_n,
-        min_count=settings.min_count,
-        top=settings.top,
-        tokenizer_hash=tokenizer.hash,
-        memory_bytes=int(settings.memory * 2**30),
-        work=work / "count",
-    )
+    fgrams = _count(settings, corpus, tokenizer.hash, work / "count")
     fgrams.save(settings.out)
     shutil.rmtree(work)
     print(describe(fgrams, corpus.num_documents, settings.out))
     return 0
+
+
+def _count(settings: Resolved, corpus: TokenCorpus, tokenizer_hash: str, work: Path) -> FGramSet:
+    numbers = {name: settings.values[name] for name in ("max_n", "min_count", "top")}
+    if settings.engine == "ray":
+        return count_on_ray(corpus, tokenizer_hash=tokenizer_hash, **numbers)
+    memory_bytes = int(settings.memory * 2**30)
+    return count_fgrams(
+        corpus, tokenizer_hash=tokenizer_hash, memory_bytes=memory_bytes, work=work, **numbers
+    )
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -78,6 +82,12 @@ COMMAND = Command(
             kind=float,
             default=4.0,
             help="GiB for counting; a corpus that needs more (24 bytes a token) is counted on disk",
+        ),
+        Setting(
+            name="engine",
+            default="local",
+            choices=("local", "ray"),
+            help="where n-grams are counted: here, or on Ray",
         ),
         Setting(name="out", kind=Path, help="the f-gram set file to write", required=True),
     ),

@@ -13,7 +13,7 @@ from scone.cache import FGramTable
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
-from scone.model_store.perplexity import measure_perplexity
+from scone.model_store.perplexity import SEQ_LEN, measure_perplexity
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 from scone.server.settings import Command, Resolved, Setting
@@ -60,7 +60,9 @@ COMMAND = Command(
         Setting(name="corpus", help="text to evaluate on", positional=True, many=True, required=True),
         Setting(name="model", help="GGUF file or model folder", required=True),
         Setting(name="table", help="table of `scone build`"),
-        Setting(name="seq_len", help="tokens per window; each starts without context", kind=int, default=192),
+        Setting(
+            name="seq_len", help="tokens per window; each starts without context", kind=int, default=SEQ_LEN
+        ),
         Setting(name="max_tokens", help="tokens per corpus at most", kind=int, default=50_000),
     ),
     run=run,

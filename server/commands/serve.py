@@ -22,6 +22,9 @@ from scone.server.version import version
 
 logger = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 5.0
+"""How long the last recycled states may take to reach the disk once all requests have ended."""
+
 
 def run(settings: Resolved) -> int:
     """Serves until a signal; 0 after a drained stop, 1 if loading failed or requests were cut."""
@@ -61,7 +64,10 @@ class _Serving:
             self._exit_now(0)
         if self._server.force_exit:
             self._exit_now(1)
-        self._state.model.engine.shutdown(timeout_seconds=0)
+        model = self._state.model
+        model.engine.shutdown(timeout_seconds=0)
+        if model.recycled is not None:
+            model.recycled.close(flush_seconds=FLUSH_SECONDS)
         logger.info("stopped")
         return 0
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from scone.cache.device import Device
 from scone.cache.fgram_table import FGramTable
+from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine_config import EngineConfig
@@ -19,6 +21,7 @@ from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
 from scone.server.engine.model_runner import ModelRunner, Runner
 from scone.server.engine.observer import EngineObserver, SilentObserver
+from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
@@ -50,6 +53,9 @@ class EngineStats:
 class Engine:
     """Generates for many requests at once.
 
+    Attributes:
+        recycle_cost: what computing and fetching states take; None where no states are kept.
+
     >>> engine = Engine(config, decoder, tokenizer, None, model_hash)
     >>> engine.start()
     >>> engine.submit(GenerationRequest(request_id="a", input_ids=(1, 2)), on_delta=print)
@@ -66,15 +72,23 @@ class Engine:
         *,
         observer: EngineObserver | None = None,
         device: Device | None = None,
+        recycled: RecycledStore | None = None,
     ) -> None:
-        """The table stays the caller's to close, after `shutdown`; nothing of the decoder is kept but what
-        the backend needs. `device` stages the table's rows; without one, the model's own does. Raises
-        SettingError for settings that this machine or model cannot do.
+        """Table and store stay the caller's to close, after `shutdown`; nothing of the decoder is kept but
+        what the backend needs. `device` stages the table's rows; without one, the model's own does. States
+        are fetched from `recycled` and kept there. Raises SettingError for settings that this machine or
+        model cannot do.
         """
         self.config = config
         runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
         self._vocab_size = runner.vocab_size
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
+        self.recycle_cost: RecycleCost | None = None
+        if recycled is not None:
+            assert isinstance(runner, ModelRunner)
+            cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
+            self._core.recycle(recycled, cost, runner, runner.num_layers, self._post)
+            logger.info("recycled states: %s", runner.block_form.reason)
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -102,6 +116,11 @@ class Engine:
     def overlay(self) -> RowOverlay:
         """How rows get to the model; its numbers may be read from any thread."""
         return self._core.overlay
+
+    @property
+    def recycler(self) -> Recycler | None:
+        """How states are fetched and kept; its numbers may be read from any thread. None: they are not."""
+        return self._core.recycler
 
     def start(self) -> None:
         """Starts the engine thread."""
@@ -180,6 +199,8 @@ class Engine:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._core.recycler is not None:
+            self._core.recycler.close()
         if self._input_rows is not None:
             self._input_rows.close()
         return drained
@@ -206,6 +227,12 @@ class Engine:
                 has_work=bool(self._open),
                 last_step_monotonic=self._last_step,
             )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Has `command` run on the engine thread, between two steps."""
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify_all()
 
     # -- admission -----------------------------------------------------------------------------
 

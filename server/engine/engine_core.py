@@ -18,18 +18,22 @@ from torch import Tensor
 
 from scone.cache.device import Device
 from scone.cache.errors import RowReadError
+from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycled_store import RecycledStore
+from scone.cache.state_identity import StateIdentity
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
+from scone.server.engine.block_restorer import Post
 from scone.server.engine.detokenizer import Detokenizer, TokenBytes
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
 from scone.server.engine.head import sample_tokens, score_prompt
-from scone.server.engine.input_rows import InputRows
+from scone.server.engine.input_rows import InputRows, SequenceRows
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.model_runner import Runner
+from scone.server.engine.model_runner import BlockMemory, Runner
 from scone.server.engine.observer import EngineObserver, step_stats
 from scone.server.engine.pooling import Pooler
-from scone.server.engine.prefix_cache import root_hash
+from scone.server.engine.recycler import Found, Recycler
 from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.row_waits import RowWaits
 from scone.server.engine.sampler import SamplerState
@@ -70,6 +74,26 @@ class EngineCore:
         self._generations: dict[scheduler.Sequence, Generation] = {}
         self._step_seconds = 0.0  # of the last step, without waiting for rows
         self._row_waits = RowWaits()
+        self.recycler: Recycler | None = None
+
+    def recycle(
+        self, store: RecycledStore, cost: RecycleCost, memory: BlockMemory, num_layers: int, post: Post
+    ) -> None:
+        """Fetches from `store` what it holds instead of computing it; to be called before the first request.
+
+        `memory` is the runner's KV cache; `post` has something run between two steps, from any thread.
+        """
+        self.recycler = Recycler(
+            store,
+            cost,
+            memory,
+            self.overlay.device,
+            self.state,
+            num_layers,
+            post,
+            lambda: self.observer,
+            self._recall,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -80,16 +104,14 @@ class EngineCore:
         request = run.request
         if request.sampling.prompt_logprobs is not None:
             run.prompt_logprobs = [None] * len(request.input_ids)
-        root = b""
+        run.root = self._identity(run.input_rows).root(request.cache_salt)
         # Blocks of a shallow forward pass hold only some layers' keys and values: they get no name.
-        if self.config.enable_prefix_caching and run.num_layers is None:
-            table_id = "" if run.input_rows is None else run.input_rows.table_id
-            root = root_hash(self._model_hash, self._tokenizer.hash, table_id, request.cache_salt)
+        names_blocks = self.config.enable_prefix_caching and run.num_layers is None
         seq = scheduler.Sequence(
             arrival=run.arrival,
             index=0,
             token_ids=list(request.input_ids),
-            root_hash=root,
+            root_hash=run.root if names_blocks else b"",
             reuse_prefix=not run.needs_all_positions,
         )
         generation = self._begin(run, seq)
@@ -103,6 +125,8 @@ class EngineCore:
             except Exception:
                 logger.exception("request %s: its prompt cannot be matched", request.request_id)
                 self._fail(generation, "internal error while matching the prompt")
+        if self.recycler is not None and generation.seq in self._generations:
+            self.recycler.look_up(generation)
 
     def abort(self, run: RequestRun) -> None:
         """Ends a request in whatever state; its sequences get a last delta with reason `abort`."""
@@ -111,6 +135,8 @@ class EngineCore:
     def step(self) -> bool:
         """Advances whatever can be; false if nothing could, for want of requests or of rows."""
         began = time.monotonic()
+        if self.recycler is not None:
+            self.recycler.poll()
         self._stage_waiting()
         self._row_waits.poll()
         self._row_waits.wait(len(self.state.running), self._step_seconds)
@@ -123,6 +149,8 @@ class EngineCore:
                 with torch.inference_mode():
                     self._advance(chunks)
                 self._step_seconds = time.monotonic() - advanced
+                if self.recycler is not None:
+                    self.recycler.note_speed(chunks, self._step_seconds)
             except Exception:
                 logger.exception("a step over %d sequences failed; they are ended", len(chunks))
                 for chunk in chunks:
@@ -138,16 +166,18 @@ class EngineCore:
         for seq in list(self.state.waiting):
             num_staged += len(seq.token_ids)
             generation = self._generations[seq]
+            if seq.num_stored_blocks is None:  # it may turn out to need none
+                continue
             if generation.rows is not None and generation.rows.staged_from is None:
-                cached = scheduler.cached_blocks(self.state, seq)
-                self._stage(generation, len(cached) * self.config.block_size)
+                num_blocks = max(len(scheduler.cached_blocks(self.state, seq)), seq.num_stored_blocks)
+                self._stage(generation, num_blocks * self.config.block_size)
             if num_staged >= self.config.max_num_staged_tokens:
                 return
 
     def _stage(self, generation: Generation, start: int) -> None:
-        if generation.rows is not None and generation.run.input_rows is not None:
+        if generation.input_rows is not None and generation.run.input_rows is not None:
             try:
-                generation.run.input_rows.stage(generation.rows, start)
+                generation.run.input_rows.stage(generation.input_rows, start)
                 self._row_waits.note(generation)
             except Exception:
                 logger.exception(
@@ -163,6 +193,8 @@ class EngineCore:
             if generation.rows is not None:
                 generation.rows.cancel()
                 self._row_waits.note(generation)
+        if self.recycler is not None:
+            self.recycler.follow(schedule, self._generations)
         for seq in schedule.starved:
             generation = self._generations[seq]
             if generation.starved_since is None:
@@ -178,21 +210,27 @@ class EngineCore:
 
     def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
-        rows = [self._generations[chunk.seq].rows for chunk in chunks]
+        rows = self._rows_of(chunks)
         if any([r is not None and r.reads for r in rows]):
             chunks = self._end_unreadable(chunks, self._read_error)
+            rows = self._rows_of(chunks)
         while chunks:
-            rows = [self._generations[chunk.seq].rows for chunk in chunks]
             embeddings = self._runner.embed(chunks)
             try:
                 self.overlay.lay(rows, chunks, embeddings)
+                if self.recycler is not None:
+                    runs = [self._generations[chunk.seq].run for chunk in chunks]
+                    self.overlay.lay_states([run.states for run in runs], chunks, embeddings)
                 return chunks, embeddings
             except RowReadError as error:  # a row in memory is damaged: find out whose
                 readable = self._end_unreadable(chunks, self._gather_error)
                 if len(readable) == len(chunks):
                     raise RowReadError(f"rows cannot be read together: {error}") from None
-                chunks = readable
+                chunks, rows = readable, self._rows_of(readable)
         return [], torch.empty(0)
+
+    def _rows_of(self, chunks: Sequence[Chunk]) -> list[SequenceRows | None]:
+        return [self._generations[chunk.seq].input_rows for chunk in chunks]
 
     def _end_unreadable(
         self, chunks: list[Chunk], error_of: Callable[[Generation, Chunk], RowReadError | None]
@@ -210,7 +248,7 @@ class EngineCore:
 
     def _gather_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
         rows = generation.rows
-        return None if rows is None else rows.source.gather_error((rows, chunk.start, chunk.num_tokens))
+        return None if rows is None else rows.source.gather_error(rows, chunk)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -218,8 +256,8 @@ class EngineCore:
         chunks, embeddings = self._embed(chunks)
         if not chunks:
             return
-        depths = [self._generations[c.seq].run.num_layers for c in chunks]
-        parts = self._runner.forward_each(chunks, embeddings, depths)
+        ranges = [self._generations[c.seq].run.layers for c in chunks]
+        parts = self._runner.forward_each(chunks, embeddings, ranges)
         sampling: list[tuple[Generation, Tensor]] = []
         for chunk, part in zip(chunks, parts, strict=True):
             generation = self._generations[chunk.seq]
@@ -228,6 +266,8 @@ class EngineCore:
                 self.observer.on_prompt_tokens(num_new)
             if generation.rows is not None and generation.rows.reads:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
+            if self.recycler is not None and chunk.start < len(generation.run.request.input_ids):
+                self.recycler.keep(generation, chunk, part)
             if generation.needs_prompt_logits:
                 score_prompt(self._runner, generation.run, chunk, part)
             if generation.run.pooler is not None:
@@ -305,9 +345,12 @@ class EngineCore:
                 self._deliver(generation, delta)
 
     def _extend_rows(self, generations: Sequence[Generation]) -> None:
-        """Matches the newest tokens and asks for their rows: one match and one read per table."""
+        """Matches the newest tokens and asks for their rows: one match and one read per table.
+
+        Rows in memory need not be asked for: they are matched when a step lays them.
+        """
         for source in {g.run.input_rows for g in generations}:
-            if source is not None:
+            if source is not None and source.reads_ahead:
                 group = [g for g in generations if g.run.input_rows is source]
                 try:
                     self._extend_group(source, group)
@@ -355,6 +398,8 @@ class EngineCore:
         """Gives back everything a sequence holds."""
         del self._generations[generation.seq]
         self._row_waits.forget(generation)
+        if self.recycler is not None:
+            self.recycler.forget(generation)
         if generation.rows is not None:
             generation.rows.cancel()
         if generation.seq.status is not Status.FINISHED:
@@ -365,6 +410,8 @@ class EngineCore:
         assert delta.usage is not None
         run = generation.run
         run.num_open -= 1
+        if self.recycler is not None:
+            self.recycler.keep_result(generation, delta)
         seconds = time.monotonic() - run.submitted_at
         self.observer.on_sequence_finished(run.request, delta.finish_reason, delta.usage, seconds)
         self._deliver(generation, delta)
@@ -376,6 +423,35 @@ class EngineCore:
             logger.exception("request %s: its receiver failed", generation.run.request.request_id)
             if delta.finish_reason is None:
                 self._end(generation.run, "abort")
+
+    # -- recycled states -----------------------------------------------------------------------
+
+    def _identity(self, input_rows: InputRows | None) -> StateIdentity:
+        """What the states of a request with these rows depend on, besides its token ids and salt."""
+        return replace(
+            self._runner.state_identity,
+            model_hash=self._model_hash,
+            tokenizer_hash=self._tokenizer.hash,
+            table_id="" if input_rows is None else input_rows.table_id,
+            row_codec="" if input_rows is None else input_rows.row_codec,
+        )
+
+    def _recall(self, generation: Generation, found: Found) -> None:
+        """Puts to use what a look-up has found for a waiting sequence."""
+        run = generation.run
+        if found.result is not None:
+            run.is_recalled = True
+            run.started_at = time.monotonic()
+            if num_new := run.count_prompt_tokens(len(run.request.input_ids)):
+                self.observer.on_prompt_tokens(num_new)
+            generation.num_generated = len(found.result.token_ids)
+            if generation.num_generated:
+                generation.note_token_time(run.started_at, self.observer)
+            self._close(generation)
+            self._finish(generation, found.result.delta(generation.usage()))
+        elif found.states is not None:
+            run.first_layer, run.states = found.layer, found.states
+            self._row_waits.note(generation)
 
     # -- small parts ---------------------------------------------------------------------------
 

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.layer_range import LayerRange
+from scone.server.engine.layer_states import LayerStates
 from scone.server.engine.observer import EngineObserver
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.sampler import SampledToken, SamplerState
@@ -28,6 +32,11 @@ class RequestRun:
         pooler: makes the one vector of a request with `pooling`, else None.
         num_open: sequences that have not had their last delta.
         num_counted_tokens: prompt tokens that the observer has been told of.
+        root: names model, table and salt: what names of states are chained to (`StateIdentity.root`).
+        first_layer, states: the forward pass begins after so many layers, from these states
+            (num_tokens, dim) on the host; None: from the embeddings.
+        layer_states: collects those that are to be kept.
+        is_recalled: whether the answer is a stored one.
     """
 
     request: GenerationRequest
@@ -41,6 +50,11 @@ class RequestRun:
     pooler: Pooler | None = None
     num_open: int = 0
     num_counted_tokens: int = 0
+    root: bytes = b""
+    first_layer: int = 0
+    states: Tensor | None = None
+    layer_states: LayerStates | None = None
+    is_recalled: bool = False
 
     def __post_init__(self) -> None:
         self.num_open = self.request.n
@@ -51,6 +65,11 @@ class RequestRun:
     def num_layers(self) -> int | None:
         """How deep the request's forward pass goes; None is all the way."""
         return None if self.request.pooling is None else self.request.pooling.layer
+
+    @property
+    def layers(self) -> LayerRange:
+        """Those that the request's forward pass goes through."""
+        return LayerRange(self.first_layer, self.num_layers)
 
     @property
     def needs_all_positions(self) -> bool:
@@ -87,6 +106,12 @@ class Generation:
     starved_since: float | None = None
     was_awaited: bool = False
     is_first_delta: bool = True
+    num_kept_blocks: int = 0
+
+    @property
+    def input_rows(self) -> SequenceRows | None:
+        """The rows that its inputs need: none where the states above the inputs are known."""
+        return self.rows if self.run.states is None else None
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -165,9 +190,15 @@ class Generation:
         return RequestUsage(
             num_prompt_tokens=len(run.request.input_ids),
             num_generated_tokens=self.num_generated,
-            num_cached_tokens=min(self.seq.num_cached_tokens, len(run.request.input_ids)),
+            num_cached_tokens=self._num_cached_tokens(),
             num_matched_tokens=0 if rows is None else rows.num_matched(num_inputs),
             rows_by_tier={} if rows is None or table is None else table.count_tiers(rows, num_inputs),
             queue_seconds=started_at - run.submitted_at,
             time_to_first_token_seconds=0.0 if first_at is None else first_at - run.submitted_at,
+        )
+
+    def _num_cached_tokens(self) -> int:
+        num_prompt_tokens = len(self.run.request.input_ids)
+        return (
+            num_prompt_tokens if self.run.is_recalled else min(self.seq.num_cached_tokens, num_prompt_tokens)
         )

@@ -2,8 +2,9 @@
 
 A prompt is matched whole when its request is admitted, and its reads are issued chunk by chunk; the
 tokens generated in one step are matched together. Only rows that may have to be waited for are read ahead;
-those in memory are gathered when a step computes their inputs. Nothing is carried from one match to the
-next: a sequence that is preempted, forked or started from cached blocks is read again from its ids.
+those in memory are gathered when a step computes their inputs. Where all rows are in memory, generated tokens
+are matched only then, too. Nothing is carried from one match to the next: a sequence that is preempted,
+forked or started from cached blocks is read again from its ids.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
+from scone.server.engine.scheduler import Chunk
 
 CHUNK_TOKENS = 256
 """Inputs per read of a prompt: large enough to sort and batch, small enough to start early."""
 
 
 class PendingRows(Protocol):
-    """Rows that a worker reads; see `cache.prefetcher.PendingRows`."""
+    """Rows under way; see `cache.prefetcher.PendingRows` and `cache.queued_rows.QueuedRows`."""
 
     @property
     def row_ids(self) -> NDArray[np.int64]: ...
-    def ready(self) -> bool: ...
-    def wait(self, timeout: float) -> bool: ...
+    def ready(self, begin: int, end: int) -> bool: ...
+    def wait(self, begin: int, end: int, timeout: float) -> bool: ...
     def error(self, begin: int, end: int) -> RowReadError | None: ...
     def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None: ...
     def cancel(self, begin: int, end: int) -> None: ...
@@ -45,7 +47,7 @@ class RowSource(Protocol):
     """Reads rows in the background."""
 
     def submit(
-        self, row_ids: NDArray[np.int64], reason: str = "demand", *, apart: bool = False
+        self, row_ids: NDArray[np.int64] | Sequence[int], *, apart: bool = False
     ) -> PendingRows | None: ...
 
 
@@ -58,27 +60,45 @@ class Table(Protocol):
     def dim(self) -> int: ...
     @property
     def device_rows(self) -> DeviceRows | None: ...
+    @property
+    def never_waits(self) -> bool: ...
     def count_device_rows(self, num_rows: int) -> None: ...
     def match(self, input_ids: NDArray[np.int32]) -> tuple[Any, Any]: ...
-    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]: ...
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int: ...
     def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
     def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Inputs [start, end) of one sequence: rows [first, first + end - start) of what a worker reads."""
+    """Inputs [start, end) of one sequence: rows [first, last) of what is read."""
 
     start: int
     end: int
     pending: PendingRows
     first: int
 
+    @property
+    def last(self) -> int:
+        return self.first + self.end - self.start
+
+    def ready(self) -> bool:
+        return self.pending.ready(self.first, self.last)
+
+    def wait(self, seconds: float) -> None:
+        self.pending.wait(self.first, self.last, seconds)
+
     def error(self) -> RowReadError | None:
-        return self.pending.error(self.first, self.first + self.end - self.start)
+        return self.pending.error(self.first, self.last)
 
     def cancel(self) -> None:
-        self.pending.cancel(self.first, self.first + self.end - self.start)
+        self.pending.cancel(self.first, self.last)
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +107,7 @@ class SequenceRows:
 
     Attributes:
         source: where the rows come from.
+        row_ids: of its inputs, the newest one's perhaps not yet.
         staged_from: the rows of all inputs from here on have been asked for; None: of no input.
         reads: those of them that may have to be waited for, in the order of their inputs.
     """
@@ -101,7 +122,7 @@ class SequenceRows:
         if self.staged_from is None:
             return sys.maxsize, sys.maxsize
         for read in self.reads:
-            if not read.pending.ready():
+            if not read.ready():
                 return self.staged_from, read.start
         return self.staged_from, sys.maxsize
 
@@ -109,7 +130,7 @@ class SequenceRows:
         """Waits for the rows under way, at most so long."""
         deadline = time.monotonic() + seconds
         for read in self.reads:
-            read.pending.wait(max(0.0, deadline - time.monotonic()))
+            read.wait(max(0.0, deadline - time.monotonic()))
 
     def error(self, start: int, end: int) -> RowReadError | None:
         """Why the rows of some of inputs [start, end) could not be read ahead, if so."""
@@ -138,22 +159,34 @@ class SequenceRows:
         return sum(row_id >= 0 for row_id in self.row_ids[:num_inputs])
 
 
-Part = tuple[SequenceRows | None, int, int]
-"""What a step computes of one sequence: its rows, the first input, how many inputs. None: rows of no table,
-or of another one."""
+Rows = Sequence[SequenceRows | None]
+"""Of each chunk's sequence, the rows; None: rows of no table, or of another one."""
 
 
 class InputRows:
     """One generation of the table, as the engine uses it."""
 
     def __init__(
-        self, table: Table, source: RowSource, table_id: str, close: Callable[[], None] = lambda: None
+        self,
+        table: Table,
+        source: RowSource,
+        table_id: str,
+        close: Callable[[], None] = lambda: None,
+        row_codec: str = "",
     ) -> None:
         """`table_id` names everything that determines the table's rows; `close` ends the source."""
         self.close = close
         self.table = table
         self.table_id = table_id
+        self.row_codec = row_codec
         self._source = source
+        self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
+        self._places: NDArray[np.int64] = np.empty(0, np.int64)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether there are rows that may have to be waited for."""
+        return not self.table.never_waits
 
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
@@ -175,15 +208,13 @@ class InputRows:
             start = end
 
     def extend(self, batch: Sequence[SequenceRows], token_ids: list[list[int]]) -> bool:
-        """Matches the newest token of each sequence and asks for all their rows at once.
+        """Matches the newest token of each sequence and asks for all their rows at once, if this reads ahead.
 
         Returns:
             Whether any row may have to be waited for: then only by its own sequence.
         """
-        row_ids = self.table.match_ends(token_ids)[0]
-        for rows, row_id in zip(batch, row_ids.tolist(), strict=True):
-            rows.row_ids.append(row_id)
-        pending = self._source.submit(row_ids, apart=True)
+        self._match_newest([rows.row_ids for rows in batch], token_ids)
+        pending = self._source.submit([rows.row_ids[-1] for rows in batch], apart=True)
         if pending is None:
             return False
         for i in np.flatnonzero(pending.row_ids >= 0).tolist():
@@ -191,40 +222,58 @@ class InputRows:
             batch[i].reads.append(_Read(num_inputs - 1, num_inputs, pending, i))
         return True
 
-    def row_ids(self, parts: Sequence[Part]) -> NDArray[np.int64]:
-        """(num_inputs,) int64, the parts' inputs one after the other; -1 where there is no row."""
-        if all([num_inputs == 1 for _, _, num_inputs in parts]):  # all decode
-            return np.array(
-                [-1 if rows is None else rows.row_ids[start] for rows, start, _ in parts], np.int64
-            )
-        row_ids: list[int] = []
-        for rows, start, num_inputs in parts:
-            row_ids += [-1] * num_inputs if rows is None else rows.row_ids[start : start + num_inputs]
-        return np.array(row_ids, np.int64)
+    def wanted(
+        self, rows: Rows, chunks: Sequence[Chunk], num_inputs: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The row ids of the inputs that have a row, and which of the chunks' `num_inputs` these are.
+
+        Valid until the next call. Raises RowReadError: the index is damaged or cannot be read.
+        """
+        late = [
+            (r.row_ids, c.seq.token_ids)
+            for r, c in zip(rows, chunks, strict=True)
+            if r is not None and len(r.row_ids) < c.start + c.num_tokens
+        ]
+        if late:
+            row_ids, token_ids = map(list, zip(*late, strict=True))
+            num_wanted = self._match_newest(row_ids, token_ids)
+            if len(late) == num_inputs:  # all decode
+                return self._wanted[:num_wanted], self._places[:num_wanted]
+        all_row_ids: list[int] = []
+        for r, c in zip(rows, chunks, strict=True):
+            all_row_ids += [-1] * c.num_tokens if r is None else r.row_ids[c.start : c.start + c.num_tokens]
+        found = np.array(all_row_ids, np.int64)
+        places = (found >= 0).nonzero()[0]
+        return found[places], places
 
     def gather(
-        self, parts: Sequence[Part], row_ids: NDArray[np.int64], places: NDArray[np.int64], out: Tensor
+        self,
+        rows: Rows,
+        chunks: Sequence[Chunk],
+        row_ids: NDArray[np.int64],
+        places: NDArray[np.int64],
+        out: Tensor,
     ) -> None:
-        """Writes the row of input places[i] of the parts, row_ids[i], to out[i].
+        """Writes the row of input places[i] of the chunks, row_ids[i], to out[i].
 
         Raises:
             RowReadError: a row in memory turned out to be damaged or gone. Rows read ahead must be ready
                 and without error.
         """
-        some_read = any([rows is not None and rows.reads for rows, _, _ in parts])
-        for pending, picks in _read_ahead(parts).items() if some_read else ():
-            picks = picks[places]
-            is_there = (picks >= 0) & (pending.row_ids[picks] >= 0)
-            pending.copy_into(np.where(is_there, picks, -1), out)
-            row_ids = np.where(is_there, -1, row_ids)
+        if not self.table.never_waits:
+            for pending, picks in _read_ahead(rows, chunks).items():
+                picks = picks[places]
+                is_there = (picks >= 0) & (pending.row_ids[picks] >= 0)
+                pending.copy_into(np.where(is_there, picks, -1), out)
+                row_ids = np.where(is_there, -1, row_ids)
         self.table.read_into(row_ids, out)
 
-    def gather_error(self, part: Part) -> RowReadError | None:
+    def gather_error(self, rows: SequenceRows, chunk: Chunk) -> RowReadError | None:
         """Why `gather` fails for this sequence, if it does."""
-        row_ids = self.row_ids([part])
-        places = np.flatnonzero(row_ids >= 0)
         try:
-            self.gather([part], row_ids[places], places, torch.empty(len(places), self.table.dim))
+            row_ids, places = self.wanted([rows], [chunk], chunk.num_tokens)
+            out = torch.empty(len(places), self.table.dim)
+            self.gather([rows], [chunk], row_ids, places, out)
         except RowReadError as error:
             return error
         return None
@@ -235,21 +284,28 @@ class InputRows:
         names, counts = np.unique(np.asarray(self.table.tier_of(row_ids)).astype(str), return_counts=True)
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
+    def _match_newest(self, row_ids: list[list[int]], token_ids: list[list[int]]) -> int:
+        """Of each sequence, the row id of the newest token; those that there are also to _wanted, _places."""
+        if len(self._wanted) < len(row_ids):
+            self._wanted, self._places = np.empty((2, len(row_ids)), np.int64)
+        return self.table.match_newest(token_ids, row_ids, self._wanted, self._places)
 
-def _read_ahead(parts: Sequence[Part]) -> dict[PendingRows, NDArray[np.int64]]:
-    """For each read, which of its rows belongs to each input of the parts; -1: none."""
+
+def _read_ahead(rows: Rows, chunks: Sequence[Chunk]) -> dict[PendingRows, NDArray[np.int64]]:
+    """For each read, which of its rows belongs to each input of the chunks; -1: none."""
     picks: dict[PendingRows, NDArray[np.int64]] = {}
+    num_inputs = sum([chunk.num_tokens for chunk in chunks])
     offset = 0
-    for rows, start, num_inputs in parts:
-        for read in rows.reads if rows is not None else ():
-            begin, end = max(start, read.start), min(start + num_inputs, read.end)
+    for r, chunk in zip(rows, chunks, strict=True):
+        for read in r.reads if r is not None else ():
+            begin, end = max(chunk.start, read.start), min(chunk.start + chunk.num_tokens, read.end)
             if begin < end:
                 if read.pending not in picks:
-                    picks[read.pending] = np.full(sum(n for _, _, n in parts), -1, np.int64)
+                    picks[read.pending] = np.full(num_inputs, -1, np.int64)
                 first = read.first + begin - read.start
-                at = offset + begin - start
+                at = offset + begin - chunk.start
                 picks[read.pending][at : at + end - begin] = np.arange(first, first + end - begin)
-        offset += num_inputs
+        offset += chunk.num_tokens
     return picks
 
 
@@ -257,4 +313,5 @@ def read_ahead(table: FGramTable, device: Device) -> InputRows:
     """The rows of a table, read by its own prefetcher; the first on the device if there is a budget."""
     table.load_device_rows(device)
     prefetcher = Prefetcher(table)
-    return InputRows(table, prefetcher, table.manifest.table_id, prefetcher.close)
+    manifest = table.manifest
+    return InputRows(table, prefetcher, manifest.table_id, prefetcher.close, manifest.codec)

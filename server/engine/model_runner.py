@@ -14,19 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scone.cache.state_identity import StateIdentity
 from scone.kernels.extension import native
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
+from scone.server.engine.block_form import BlockForm
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
 from scone.server.engine.torch_forward import TorchForward
 from scone.server.errors import SettingError
 
+ALL_LAYERS = LayerRange()
+
 
 class Forward(Protocol):
     """A decoder over a paged cache; see `TorchForward` for shapes."""
 
+    @property
+    def arithmetic(self) -> str: ...
     def embed(self, input_ids: Tensor) -> Tensor: ...
     def forward(
         self,
@@ -36,6 +43,7 @@ class Forward(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
@@ -54,13 +62,27 @@ class Runner(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def state_identity(self) -> StateIdentity: ...
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
-        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+        self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
     ) -> list[Tensor]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+
+
+class BlockMemory(Protocol):
+    """The KV cache as blocks of bytes; see `ModelRunner`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def block_form(self) -> BlockForm: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def block(self, block_id: int) -> Tensor: ...
 
 
 class ModelRunner:
@@ -69,15 +91,17 @@ class ModelRunner:
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native` or `torch`.
+        block_form: in which form blocks are kept, and why.
+        state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
         """Raises SettingError if a setting asks for what this machine or model cannot do."""
-        self.device = decoder.embed_tokens.weight.device
+        self.device = decoder.device
         self.block_size = config.block_size
         shape = decoder.config
-        self.vocab_size, self.dim = shape.vocab_size, shape.dim
+        self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers
         self.backend = _choose_backend(decoder, config)
         self._forward: Forward = (
             NativeForward(
@@ -94,47 +118,59 @@ class ModelRunner:
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
         cache_shape = (
+            2,  # keys, values
             shape.num_layers,
             self.num_blocks,
             shape.num_kv_heads,
             config.block_size,
             shape.head_dim,
         )
-        self._k_cache = _zeros(cache_shape, self.dtype, self.device)
-        self._v_cache = _zeros(cache_shape, self.dtype, self.device)
+        self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
+        self._block_bytes = self._kv_cache.view(torch.uint8)
+        self.block_form = BlockForm.of(shape, self.dtype.itemsize)
+        # The whole shape: weights of one hash may be read with another base of rotation or another norm.
+        self.state_identity = StateIdentity(
+            model_hash="",
+            tokenizer_hash="",
+            state_dtype=str(self.dtype),
+            layout="kv:" + "x".join(map(str, self.block(0).shape)),
+            rope=f"{shape.rope_theta} {shape.rope_scaling}",
+            compute=f"{self._forward.arithmetic}, {shape}",
+        )
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         """Token embeddings (num_tokens, dim) of the chunks, one after the other."""
         input_ids = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
         return self._forward.embed(torch.tensor(input_ids, device=self.device))
 
-    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange = ALL_LAYERS) -> Tensor:
         """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`.
 
-        Those after `num_layers`, as they are; after all layers, normalised.
+        Those after the last of `layers`, as they are; after all layers, normalised.
         """
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
         return self._forward.forward(
             embeddings,
             torch.tensor(positions, dtype=torch.int32, device=self.device),
             self._paged_batch(chunks),
-            self._k_cache,
-            self._v_cache,
-            num_layers,
+            self._kv_cache[0],
+            self._kv_cache[1],
+            layers.end,
+            layers.first,
         )
 
     def forward_each(
-        self, chunks: Sequence[Chunk], embeddings: Tensor, depths: Sequence[int | None]
+        self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
     ) -> list[Tensor]:
-        """Hidden states (num_tokens, dim) of each chunk, after so many layers: one pass for equal depths."""
+        """Hidden states (num_tokens, dim) of each chunk, through its layers: one pass for equal ranges."""
         sizes = [c.num_tokens for c in chunks]
-        if len(set(depths)) == 1:
-            return list(torch.split(self.forward(chunks, embeddings, depths[0]), sizes))
+        if len(set(ranges)) == 1:
+            return list(torch.split(self.forward(chunks, embeddings, ranges[0]), sizes))
         parts = list(torch.split(embeddings, sizes))
-        for depth in set(depths):
-            places = [i for i, d in enumerate(depths) if d == depth]
+        for layers in set(ranges):
+            places = [i for i, r in enumerate(ranges) if r == layers]
             group = torch.cat([parts[i] for i in places])
-            hidden = self.forward([chunks[i] for i in places], group, depth)
+            hidden = self.forward([chunks[i] for i in places], group, layers)
             for i, part in zip(places, torch.split(hidden, [sizes[i] for i in places]), strict=True):
                 parts[i] = part
         return parts
@@ -153,8 +189,19 @@ class ModelRunner:
         """Copies blocks (source, target) in all layers."""
         if pairs:
             sources, targets = (list(ids) for ids in zip(*pairs, strict=True))
-            self._k_cache[:, targets] = self._k_cache[:, sources]
-            self._v_cache[:, targets] = self._v_cache[:, sources]
+            self._kv_cache[:, :, targets] = self._kv_cache[:, :, sources]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block's keys and values in all layers."""
+        return self.block(0).numel()
+
+    def block(self, block_id: int) -> Tensor:
+        """View (2, num_layers, num_kv_heads, block_size, head_dim in bytes) uint8 of its keys and values.
+
+        What the bytes mean is the backend's: see `state_identity`.
+        """
+        return self._block_bytes[:, :, block_id]
 
     def _paged_batch(self, chunks: Sequence[Chunk]) -> PagedBatch:
         size = self.block_size
@@ -190,8 +237,8 @@ def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:
     why_not = None
     if native is None:
         why_not = "the native extension was not built"
-    elif decoder.embed_tokens.weight.device.type != "cpu":
-        why_not = f"the model is on {decoder.embed_tokens.weight.device.type}"
+    elif decoder.device.type != "cpu":
+        why_not = f"the model is on {decoder.device.type}"
     elif decoder.config.head_dim % 8:
         why_not = f"the model's head_dim is {decoder.config.head_dim}, not a multiple of 8"
     if config.backend == "torch":

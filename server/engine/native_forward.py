@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class NativeForward:
     Attributes:
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
         layer_bytes, head_bytes: size of the packed weights of all layers, and of the head.
+        arithmetic: names all that the bits of its results depend on besides weights and inputs.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class NativeForward:
         self.kinds = [linear.kind for layer in layers for linear in layer.maps]
         self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
         self.head_bytes = self._head.num_bytes
+        digest = hashlib.sha256(" ".join([*self.kinds, self._head.kind]).encode()).hexdigest()[:16]
+        self.arithmetic = f"native {self._workspace.instruction_set}, maps {digest}"
         logger.info(
             "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",
             self._workspace.instruction_set,
@@ -85,9 +89,10 @@ class NativeForward:
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Hidden states (num_tokens, dim), in the memory of the embeddings; as `TorchForward.forward`."""
-        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers)
+        return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers, first_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

@@ -41,6 +41,9 @@ class EngineObserver(Protocol):
     def on_rows_waited(self, seconds: float) -> None:
         """A sequence could have run but for its rows, for so long."""
 
+    def on_restored(self, num_tokens: int, seconds: float) -> None:
+        """A prompt's stored blocks, of so many tokens, were fetched; seconds since they were asked for."""
+
     def on_sequence_finished(
         self, request: GenerationRequest, reason: FinishReason, usage: RequestUsage, seconds: float
     ) -> None:
@@ -63,6 +66,9 @@ class SilentObserver:
         pass
 
     def on_rows_waited(self, seconds: float) -> None:
+        pass
+
+    def on_restored(self, num_tokens: int, seconds: float) -> None:
         pass
 
     def on_sequence_finished(

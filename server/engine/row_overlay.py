@@ -15,7 +15,7 @@ from torch import Tensor
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import StagingRing
-from scone.server.engine.input_rows import InputRows, Part, SequenceRows
+from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
 
 
@@ -30,6 +30,8 @@ class RowOverlay:
     def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         """Replaces the embeddings of inputs that have a row; done when work launched later runs.
 
+        Tokens generated last may be matched only now (`InputRows.wanted`).
+
         Args:
             rows: of each chunk's sequence; they must be ready and without error.
             embeddings: (num_inputs, dim) on the device, the chunks' inputs one after the other.
@@ -37,26 +39,24 @@ class RowOverlay:
         Raises:
             RowReadError: a row in memory is damaged or gone; nothing may have been laid.
         """
-        sources = {r.source for r in rows if r is not None}  # several only while a table is swapped
+        sources = {r.source for r in rows if r is not None}
         for source in sources:
-            parts = [
-                (r if r is None or r.source is source else None, chunk.start, chunk.num_tokens)
-                for r, chunk in zip(rows, chunks, strict=True)
-            ]
-            self._lay(source, parts, embeddings)
+            its_rows = rows
+            if len(sources) > 1:  # while a table is swapped
+                its_rows = [r if r is not None and r.source is source else None for r in rows]
+            self._lay(source, its_rows, chunks, embeddings)
 
-    def _lay(self, source: InputRows, parts: Sequence[Part], embeddings: Tensor) -> None:
-        row_ids = source.row_ids(parts)
-        places = (row_ids >= 0).nonzero()[0]
+    def _lay(self, source: InputRows, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> None:
+        wanted, places = source.wanted(rows, chunks, len(embeddings))
         if not len(places):
             return
-        wanted, indices = row_ids[places], places
+        indices = places
         device_rows = source.table.device_rows
         if device_rows is not None:
             on_device = wanted < device_rows.num_rows
             indices = np.concatenate((places[~on_device], places[on_device], wanted[on_device]))
             places, wanted = places[~on_device], wanted[~on_device]
-        slot = self.ring.fill(wanted, indices, partial(source.gather, parts, wanted, places))
+        slot = self.ring.fill(wanted, indices, partial(source.gather, rows, chunks, wanted, places))
         assert slot is not None, "each step gives its slot back"
         try:
             staged, device_indices = self.ring.use(slot, wanted)
@@ -66,6 +66,29 @@ class RowOverlay:
                 its_places, its_ids = torch.split(device_indices[len(wanted) : len(indices)], num_on_device)
                 self.device.launch(partial(device_rows.lay, its_ids, its_places, embeddings))
                 source.table.count_device_rows(num_on_device)
+        finally:
+            self.ring.release(slot)
+
+    def lay_states(
+        self, states: Sequence[Tensor | None], chunks: Sequence[Chunk], embeddings: Tensor
+    ) -> None:
+        """Replaces the embeddings of chunks whose sequence has states (num_tokens, dim), on the host."""
+        parts: list[Tensor] = []
+        places: list[int] = []
+        offset = 0
+        for known, chunk in zip(states, chunks, strict=True):
+            if known is not None:
+                parts.append(known[chunk.start : chunk.start + chunk.num_tokens])
+                places += range(offset, offset + chunk.num_tokens)
+            offset += chunk.num_tokens
+        if not parts:
+            return
+        ids = np.array(places, np.int64)
+        slot = self.ring.fill(ids, ids, lambda out: torch.cat(parts, out=out))
+        assert slot is not None, "each step gives its slot back"
+        try:
+            staged, device_places = self.ring.use(slot, ids)
+            self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(ids)], staged))
         finally:
             self.ring.release(slot)
 

@@ -16,7 +16,7 @@ class RowWaits:
 
     def note(self, generation: Generation) -> None:
         """Tells the scheduler which inputs of a sequence have their rows; to be called when that changes."""
-        seq, rows = generation.seq, generation.rows
+        seq, rows = generation.seq, generation.input_rows
         if rows is None:
             seq.ready_from, seq.ready_to = 0, sys.maxsize
             return

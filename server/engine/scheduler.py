@@ -5,10 +5,15 @@ priority. Each step serves decoding sequences first, then prefill chunks of runn
 waiting ones, within `max_num_batched_tokens`. A sequence whose next rows are not staged is passed
 over: a slow read delays nobody else.
 
+A prompt's beginning is taken from blocks in memory if they are there, then from stored ones, and only then
+computed. While stored blocks are fetched, a sequence is RESTORING: it has a seat and all its blocks, may be
+preempted or finished like a running one, and is passed over until `end_restoring`.
+
 When blocks run out, a sequence may preempt younger ones that the step has not served yet (their
 tokens are computed again later); otherwise it keeps what it holds and waits. The oldest sequence can
 therefore always go on as long as the pool holds one sequence of full length, which `SchedulerState`
-checks, so every admitted sequence ends.
+checks, each fetch ends, and others hold blocks (to copy them) only for a while. So every admitted
+sequence ends.
 """
 
 from __future__ import annotations
@@ -18,12 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from scone.cache.state_identity import extend_block_hashes
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.prefix_cache import extend_block_hashes
 
 
 class Status(Enum):
     WAITING = "waiting"
+    RESTORING = "restoring"
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -39,7 +45,9 @@ class Sequence:
         reuse_prefix: whether cached blocks may stand in for computing the prompt.
         num_computed_tokens: tokens whose keys and values are in its blocks.
         ready_from, ready_to: tokens in this range have their input rows staged (or need none).
-        num_cached_tokens: tokens taken from the prefix cache when it was first started.
+        num_cached_tokens: tokens taken from the prefix cache or the store when it was first started.
+        num_stored_blocks: blocks from the first on that are in memory or stored, and worth fetching; None
+            while that is not known, and until then it is not started.
     """
 
     arrival: int
@@ -51,6 +59,7 @@ class Sequence:
     ready_from: int = 0
     ready_to: int = 0
     num_cached_tokens: int = 0
+    num_stored_blocks: int | None = 0
     num_preemptions: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -87,18 +96,22 @@ class Chunk:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step's work; `starved` sequences could have run but for rows from their `ready_from` on."""
+    """One step's work; `starved` sequences could have run but for rows from their `ready_from` on.
+
+    `restoring` ones begin to: their blocks from `num_computed_tokens` on are to be fetched.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     starved: list[Sequence] = field(default_factory=list)
+    restoring: list[Sequence] = field(default_factory=list)
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
 
 
 @dataclass(slots=True)
 class SchedulerState:
-    """Everything the scheduler knows; `waiting` and `running` are sorted by age."""
+    """Everything the scheduler knows; `waiting` and `running`, restoring ones included, are sorted by age."""
 
     pool: BlockPool
     max_num_seqs: int
@@ -130,7 +143,7 @@ def schedule(state: SchedulerState) -> Schedule:
     for seq in _serving_order(state):
         if budget == 0:
             break
-        if seq.status is not Status.RUNNING:  # preempted by an older one, earlier in this loop
+        if seq.status is not Status.RUNNING:  # restoring; or preempted by an older one, earlier in this loop
             continue
         num_tokens = min(seq.num_runnable_tokens(), budget)
         if num_tokens == 0:
@@ -162,13 +175,30 @@ def finish(state: SchedulerState, seq: Sequence, *, forget: bool = False) -> Non
     """Ends a sequence in any state; `forget` drops its blocks' content from the prefix cache."""
     if seq.status is Status.WAITING:
         state.waiting.remove(seq)
-    elif seq.status is Status.RUNNING:
+    elif seq.status is not Status.FINISHED:
         state.running.remove(seq)
         if forget:
             for block_id in seq.block_ids:
                 state.pool.forget(block_id)
         _release(state, seq)
     seq.status = Status.FINISHED
+
+
+def end_restoring(state: SchedulerState, seq: Sequence, num_fetched: int) -> None:
+    """The next `num_fetched` blocks of a restoring sequence have their content: it runs on from there.
+
+    Blocks that it was given for more than that stay its own, to be computed.
+    """
+    assert seq.status is Status.RESTORING
+    pool = state.pool
+    begin = seq.num_computed_tokens // pool.block_size
+    for block in range(begin, begin + num_fetched):
+        pool.register(seq.block_ids[block], seq.block_hashes[block])
+    seq.num_computed_tokens += num_fetched * pool.block_size
+    if seq.num_preemptions == 0:
+        seq.num_cached_tokens = seq.num_computed_tokens
+    seq.num_stored_blocks = 0  # what could not be fetched is not tried again
+    seq.status = Status.RUNNING
 
 
 def fork(state: SchedulerState, parent: Sequence, child: Sequence) -> list[tuple[int, int]] | None:
@@ -218,32 +248,69 @@ def _serving_order(state: SchedulerState) -> Iterator[Sequence]:
 
 def _admit(state: SchedulerState, budget: int, result: Schedule) -> None:
     """Starts waiting sequences, oldest first, while there are tokens, seats and blocks."""
+    fetched = _hashes_being_fetched(state) if state.waiting else set()
     for seq in list(state.waiting):
-        if budget == 0 or len(state.running) >= state.max_num_seqs:
+        if len(state.running) >= state.max_num_seqs:
             return
+        if seq.num_stored_blocks is None:
+            continue
         cached = cached_blocks(state, seq)
+        restores = seq.num_stored_blocks > len(cached) and seq.reuse_prefix
+        if restores and seq.block_hashes[len(cached)] in fetched:
+            continue  # another one fetches it: soon it is in memory
+        if budget == 0 and not restores:
+            return
         # Room for the whole prompt, not only its first chunk, or it would soon be preempted.
         num_wanted = _num_blocks(state, len(seq.token_ids)) - len(cached)
         if state.pool.num_free - state.pool.num_free_among(cached) < num_wanted:
             return
         seq.num_computed_tokens = len(cached) * state.pool.block_size
+        if restores:
+            _begin_restoring(state, seq, cached, result)
+            fetched |= _hashes_being_fetched_by(state, seq)
+            continue
         num_tokens = min(seq.num_runnable_tokens(), budget)
         if num_tokens == 0:
             result.starved.append(seq)
             continue
-        for block_id in cached:
-            state.pool.share(block_id)
-        seq.block_ids = cached
-        if seq.num_preemptions == 0:
-            seq.num_cached_tokens = seq.num_computed_tokens
-        state.waiting.remove(seq)
-        _start(state, seq)
+        _take(state, seq, cached, result)
         reserved = _reserve(state, seq, num_tokens, set(), result)
         assert reserved, "admission has counted the blocks"
-        result.num_prefix_queries += len(seq.token_ids) if seq.root_hash else 0
-        result.num_prefix_hits += seq.num_computed_tokens
         result.chunks.append(Chunk(seq, seq.num_computed_tokens, num_tokens))
         budget -= num_tokens
+
+
+def _take(state: SchedulerState, seq: Sequence, cached: list[int], result: Schedule) -> None:
+    """Moves a waiting sequence among the running ones, with the cached blocks that it begins with."""
+    for block_id in cached:
+        state.pool.share(block_id)
+    seq.block_ids = cached
+    if seq.num_preemptions == 0:
+        seq.num_cached_tokens = seq.num_computed_tokens
+    state.waiting.remove(seq)
+    _start(state, seq)
+    result.num_prefix_queries += len(seq.token_ids) if seq.root_hash else 0
+    result.num_prefix_hits += seq.num_computed_tokens
+
+
+def _begin_restoring(state: SchedulerState, seq: Sequence, cached: list[int], result: Schedule) -> None:
+    _take(state, seq, cached, result)
+    seq.status = Status.RESTORING
+    assert seq.num_stored_blocks is not None
+    num_fetched = seq.num_stored_blocks - len(cached)
+    seq.block_ids = cached + [state.pool.allocate() for _ in range(num_fetched)]
+    result.restoring.append(seq)
+
+
+def _hashes_being_fetched(state: SchedulerState) -> set[bytes]:
+    return {h for seq in state.running for h in _hashes_being_fetched_by(state, seq)}
+
+
+def _hashes_being_fetched_by(state: SchedulerState, seq: Sequence) -> set[bytes]:
+    if seq.status is not Status.RESTORING:
+        return set()
+    begin = seq.num_computed_tokens // state.pool.block_size
+    return set(seq.block_hashes[begin : len(seq.block_ids)])
 
 
 def _start(state: SchedulerState, seq: Sequence) -> None:

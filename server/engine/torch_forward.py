@@ -16,9 +16,14 @@ from scone.model_store.decoder import Decoder
 
 
 class TorchForward:
-    """A decoder with attention over a paged cache."""
+    """A decoder with attention over a paged cache.
+
+    Attributes:
+        arithmetic: names all that its results depend on, up to rounding, besides weights and inputs.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
+        self.arithmetic = f"torch {torch.__version__} on {decoder.embed_tokens.weight.device.type}"
         self._decoder = decoder
         self._scale = decoder.config.head_dim**-0.5
 
@@ -34,14 +39,18 @@ class TorchForward:
         k_cache: Tensor,
         v_cache: Tensor,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
-        """Hidden states (num_tokens, dim), normalised unless `num_layers` is less than all."""
+        """Hidden states (num_tokens, dim), normalised unless `num_layers` is less than all.
+
+        Of the layers from `first_layer` on, whose inputs `embeddings` then are.
+        """
 
         def attend(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             write_kv(k, v, k_cache[layer_id], v_cache[layer_id], batch.slots)
             return paged_attention_reference(q, k_cache[layer_id], v_cache[layer_id], batch, self._scale)
 
-        return cast(Tensor, self._decoder(embeddings, positions, attend, num_layers))
+        return cast(Tensor, self._decoder(embeddings, positions, attend, num_layers, first_layer))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""

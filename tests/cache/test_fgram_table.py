@@ -87,13 +87,20 @@ def test_inputs_may_be_lists_arrays_or_tensors(
         np.testing.assert_array_equal(table.match_last(windows)[0], ids)
         np.testing.assert_array_equal(table.match_last(torch.from_numpy(windows))[1], lengths)
         histories = [tokens[: i + 1].tolist() for i in range(40)]
-        np.testing.assert_array_equal(table.match_ends(histories)[0], ids)
-        np.testing.assert_array_equal(table.match_ends(histories)[1], lengths)
-        assert table.match_ends([])[0].shape == (0,)
+        wanted, places = np.full((2, 40), -7)
+        row_ids: list[list[int]] = [[7] for _ in histories]
+        num_wanted = table.match_newest(histories, row_ids, wanted, places)
+        assert row_ids == [[7, row_id] for row_id in ids.tolist()]
+        assert num_wanted == np.count_nonzero(ids >= 0)
+        np.testing.assert_array_equal(places[:num_wanted], np.flatnonzero(ids >= 0))
+        np.testing.assert_array_equal(wanted[:num_wanted], ids[ids >= 0])
+        assert (wanted[num_wanted:] == -7).all()
+        assert (places[num_wanted:] == -7).all()
+        assert table.match_newest([], [], wanted[:0], places[:0]) == 0
         assert table.match([])[0].shape == (0,)
         assert table.match_last(np.empty((0, 5), np.int32))[0].shape == (0,)
         assert table.rows([]).shape == (0, DIM)
-        assert sum(table.stats.lookups.values()) == 40 * 9
+        assert sum(table.stats.lookups.values()) == 40 * 8
         assert set(table.stats.lookups) == set(lengths.tolist())
 
 

@@ -1,15 +1,19 @@
 """The benchmark runs, compares answers, and ends in one JSON object."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scone.cache.cold_benchmark import padded_spans, row_spans
+from scone.cache.continuation_benchmark import benchmark_continuations
 from scone.cache.errors import CacheError
 from scone.cache.lookup_workload import hold_out, write_table
 from scone.model_store.count_benchmark import made_up_corpus
+from scone.model_store.fgram_set import FGramSet
+from scone.model_store.token_corpus import TokenCorpus
 from scone.server.cli import main
 
 
@@ -66,3 +70,23 @@ def test_made_up_pairs_fill_a_set_up_and_it_stays_closed(tmp_path: Path) -> None
     assert (again, same.hash) == (path, fgrams.hash)
     with pytest.raises(CacheError, match="another corpus"):
         write_table(tmp_path, heldout, num_rows=20_000, min_count=5, dim=8)
+
+
+def test_continuations_are_counted_right(
+    fgram_set: Callable[..., FGramSet], write_table: Callable[..., Path], tmp_path: Path
+) -> None:
+    """(1 2) goes on with 3 (often), 4 or 5; what follows a single token is not read ahead."""
+    counts = {(1, 2): 99, (1, 2, 3): 60, (2, 3): 60, (1, 2, 4): 20, (2, 4): 20, (1, 2, 5): 9, (2, 5): 9}
+    table = write_table(tmp_path / "t", fgram_set(counts))
+    heldout = TokenCorpus.from_documents([[1, 2, 3, 9, 1, 2, 4, 9, 1, 2, 5]])
+    found = benchmark_continuations(table, heldout, num_tokens=11)
+    # six positions match: (1 2) three times, which continues no f-gram, then one continuation each
+    assert found["matched_share"] == round(6 / 11, 3)
+    assert found["first_1"]["rows_covered"] == round(1 / 6, 3)
+    assert found["first_1"]["rows_read_per_row_covered"] == 3.0
+    assert found["first_2"]["rows_covered"] == round(2 / 6, 3)
+    assert found["first_4"] | {"rows_read_per_token": 0} == found["first_64"] | {"rows_read_per_token": 0}
+    assert found["first_64"]["rows_covered"] == 0.5
+    assert found["first_64"]["rows_read_per_row_covered"] == 3.0
+    assert 0.6 < found["first_64"]["steps_of_1_covered"] < 0.8  # 8 of 11
+    assert found["first_64"]["steps_of_32_covered"] < 0.01

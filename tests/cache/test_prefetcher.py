@@ -16,7 +16,9 @@ from torch import Tensor
 from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.cache.errors import RowReadError
 from scone.cache.prefetcher import PendingRows
+from scone.cache.queued_rows import QueuedRows
 from scone.cache.row_reader import MappedReader
+from scone.cache.stats import TableStats
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
 
@@ -38,6 +40,9 @@ class GatedReader(MappedReader):
     def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         return row_ids >= 0
 
+    def open_queue(self, stats: TableStats) -> None:
+        """Workers read: only they can be held up."""
+
 
 @pytest.fixture(scope="module")
 def path(
@@ -57,19 +62,21 @@ def slow(path: Path) -> Iterator[tuple[FGramTable, GatedReader]]:
     reader.gate.set()
 
 
-def read(pending: PendingRows | None, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def read(
+    pending: PendingRows | QueuedRows | None, num_rows: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """All rows asked for; 2.0 where there is none."""
     assert pending is not None
-    assert pending.wait(30)
+    assert pending.wait(0, len(pending.row_ids), 30)
     assert pending.error(0, num_rows) is None
     out = torch.full((num_rows, 64), 2.0, dtype=dtype)
     pending.copy_into(np.arange(num_rows), out)
     return out
 
 
-def error(pending: PendingRows | None, begin: int, end: int) -> str:
+def error(pending: PendingRows | QueuedRows | None, begin: int, end: int) -> str:
     assert pending is not None
-    assert pending.wait(30)
+    assert pending.wait(0, len(pending.row_ids), 30)
     return str(pending.error(begin, end))
 
 
@@ -99,10 +106,10 @@ def test_cold_rows_arrive_and_repeated_ones_are_read_once(slow: tuple[FGramTable
         pending = prefetcher.submit(ids)
         ids_before, ids[:] = ids.copy(), 1  # the caller's buffer is its own again
         assert pending is not None
-        assert not pending.ready()
+        assert not pending.ready(0, 7)
         threading.Timer(0.05, reader.gate.set).start()
         out = read(pending, 7, torch.float16)
-        assert pending.ready()
+        assert pending.ready(0, 7)
         picked = torch.zeros(3, 64)
         pending.copy_into(np.array([4, -1, 0]), picked)
     hits = ids_before >= 0
@@ -121,7 +128,7 @@ def test_submit_never_waits_for_the_disk(slow: tuple[FGramTable, GatedReader]) -
         started = time.perf_counter()
         pending = [prefetcher.submit(np.arange(i, i + 3)) for i in range(50)]
         assert time.perf_counter() - started < 5
-        assert not any(p is None or p.ready() for p in pending)
+        assert not any(p is None or p.ready(0, 3) for p in pending)
         reader.gate.set()
         for i, p in enumerate(pending):
             assert torch.equal(read(p, 3), table.rows(np.arange(i, i + 3)).float())
@@ -165,43 +172,23 @@ def test_an_unexpected_failure_of_a_worker_does_not_leave_anyone_waiting(
         read(prefetcher.submit([1]), 1)
 
 
-def test_demand_overtakes_speculation_and_cancelled_reads_do_not_happen(
-    slow: tuple[FGramTable, GatedReader],
-) -> None:
+def test_reads_happen_in_order_and_cancelled_ones_do_not(slow: tuple[FGramTable, GatedReader]) -> None:
     table, reader = slow
     with Prefetcher(table, num_workers=1) as prefetcher:
         prefetcher.submit(np.arange(1))  # holds the only worker at the gate
-        while prefetcher._queue.qsize():
+        while prefetcher._jobs.qsize():
             time.sleep(0.001)
-        speculative = prefetcher.submit(np.arange(20), reason="continuation")
         cancelled = prefetcher.submit(np.arange(30))
         partly = prefetcher.submit(np.arange(40))
-        demand = prefetcher.submit(np.arange(10))
+        last = prefetcher.submit(np.arange(10))
         assert cancelled is not None
         assert partly is not None
         cancelled.cancel(0, 30)
         partly.cancel(5, 40)
         reader.gate.set()
-        for pending in (cancelled, demand, speculative):
+        for pending in (cancelled, last):
             assert pending is not None
-            assert pending.wait(30)
+            assert pending.wait(0, len(pending.row_ids), 30)
         assert torch.equal(read(partly, 40)[:5], table.rows(np.arange(5)).float())
-    assert reader.reads == [1, 5, 10, 20, 5]
-    assert table.stats.prefetches == {"read": 4, "cancelled": 1}
-
-
-def test_speculation_beyond_its_budget_is_dropped_and_the_budget_returns(
-    slow: tuple[FGramTable, GatedReader],
-) -> None:
-    table, reader = slow
-    with Prefetcher(table, num_workers=1, speculation_bytes=10 * 64 * 2) as prefetcher:
-        first = prefetcher.submit(np.arange(8), reason="draft")
-        assert prefetcher.submit(np.arange(3), reason="draft") is None
-        assert table.stats.prefetches["dropped"] == 1
-        reader.gate.set()
-        read(first, 8)
-        deadline = time.monotonic() + 10
-        while prefetcher._speculating_bytes and time.monotonic() < deadline:
-            time.sleep(0.001)
-        read(prefetcher.submit(np.arange(10), reason="draft"), 10)
-    assert table.stats.prefetches == {"dropped": 1, "read": 2}
+    assert reader.reads == [1, 5, 10, 5]
+    assert table.stats.prefetches == {"read": 3, "cancelled": 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,16 @@ def fill(ring: StagingRing, row_ids: Sequence[int] | NDArray[np.int64]) -> Slot 
     return ring.fill(ids, ids * 10, partial(read_rows, ids))
 
 
+def fill_apart(ring: StagingRing, row_ids: Sequence[int] | NDArray[np.int64]) -> Slot | None:
+    """As `fill`, in the steps of a restore: the slot is taken, then written elsewhere, then committed."""
+    ids = np.asarray(row_ids, np.int64)
+    slot = ring.reserve(len(ids))
+    if slot is not None:
+        read_rows(ids, slot.host_rows)
+        ring.commit(slot, ids, ids * 10)
+    return slot
+
+
 def fail(out: Tensor) -> None:
     out.fill_(7.0)
     raise RowReadError("the disk reported an I/O error (EIO)")
@@ -45,7 +55,10 @@ def look_at(rows: Tensor, places: Tensor, seen: list[Tensor]) -> None:
     seen.append(torch.where(places[: len(rows), None] == 10 * rows, rows, torch.nan))
 
 
-def run_pipeline(device: SimDevice, num_steps: int = 24, ahead: int = 2) -> bool:
+Fill = Callable[[StagingRing, NDArray[np.int64]], Slot | None]
+
+
+def run_pipeline(device: SimDevice, num_steps: int = 24, ahead: int = 2, fill: Fill = fill) -> bool:
     """Fills two steps ahead of the model; True if the model saw the rows of each step, in each step."""
     ring = StagingRing(device, 5, DIM, torch.float32)
     wanted = [np.arange(step, step + 1 + step % 5) for step in range(num_steps)]
@@ -67,10 +80,12 @@ def run_pipeline(device: SimDevice, num_steps: int = 24, ahead: int = 2) -> bool
     return all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
-def test_the_model_sees_its_rows_whatever_the_device_does() -> None:
-    assert all(run_pipeline(SimDevice(seed)) for seed in range(NUM_SEEDS))
+@pytest.mark.parametrize("fill", [fill, fill_apart])
+def test_the_model_sees_its_rows_whatever_the_device_does(fill: Fill) -> None:
+    assert all(run_pipeline(SimDevice(seed), fill=fill) for seed in range(NUM_SEEDS))
 
 
+@pytest.mark.parametrize("fill", [fill, fill_apart])
 @pytest.mark.parametrize(
     "forgotten",
     [
@@ -81,8 +96,8 @@ def test_the_model_sees_its_rows_whatever_the_device_does() -> None:
         "compute stream is recorded",
     ],
 )
-def test_without_any_one_synchronisation_some_step_sees_wrong_rows(forgotten: str) -> None:
-    num_wrong = sum(not run_pipeline(Forgetful(seed, forgotten)) for seed in range(NUM_SEEDS))
+def test_without_any_one_synchronisation_some_step_sees_wrong_rows(forgotten: str, fill: Fill) -> None:
+    num_wrong = sum(not run_pipeline(Forgetful(seed, forgotten), fill=fill) for seed in range(NUM_SEEDS))
     assert num_wrong > 0.9 * NUM_SEEDS
 
 
@@ -94,6 +109,20 @@ def test_a_full_ring_refuses_and_a_released_slot_is_given_again() -> None:
     ring.release(slots[1])  # never used: a cancelled prefetch
     again = fill(ring, [9])
     assert again is slots[1]
+
+
+def test_who_must_not_wait_gets_no_slot_that_is_still_copied() -> None:
+    for seed in range(NUM_SEEDS):
+        device = SimDevice(seed)
+        ring = StagingRing(device, 2, DIM, torch.float32)
+        for step in range(3):
+            slot = fill(ring, [step])
+            assert slot is not None
+            ring.release(slot)
+        while (slot := ring.reserve(1, wait=False)) is None:
+            assert device.step()
+        assert device.reached(slot.copied)
+        ring.release(slot)
 
 
 def test_a_slot_is_used_only_for_its_row_ids() -> None:
@@ -197,18 +226,45 @@ class RingMachine(RuleBasedStateMachine):
         self.ring = StagingRing(self.device, 4, DIM, torch.float32)
         self.ready: list[tuple[Slot, NDArray[np.int64]]] = []
         self.in_use: list[Slot] = []
+        self.reserved: list[Slot] = []
         self.checks: list[tuple[Tensor, list[int]]] = []
 
     @rule(ids=st.lists(st.integers(0, 99), min_size=1, max_size=4))
     def fill(self, ids: list[int]) -> None:
         slot = fill(self.ring, ids)
-        assert (slot is None) == (len(self.ready) + len(self.in_use) == 3)
+        assert (slot is None) == (self.num_held == 3)
         if slot is not None:
             self.ready.append((slot, np.array(ids)))
 
+    @property
+    def num_held(self) -> int:
+        return len(self.ready) + len(self.in_use) + len(self.reserved)
+
+    @rule(num_rows=st.integers(1, 4), wait=st.booleans())
+    def reserve(self, num_rows: int, wait: bool) -> None:
+        slot = self.ring.reserve(num_rows, wait=wait)
+        assert slot is not None or not wait or self.num_held == 3
+        if slot is not None:
+            slot.host_rows.fill_(torch.nan)
+            self.reserved.append(slot)
+
+    @precondition(lambda self: self.reserved)
+    @rule(first=st.integers(0, 99))
+    def commit(self, first: int) -> None:
+        slot = self.reserved.pop()
+        ids = np.arange(first, first + slot.num_rows)
+        read_rows(ids, slot.host_rows)
+        self.ring.commit(slot, ids, ids * 10)
+        self.ready.append((slot, ids))
+
+    @precondition(lambda self: self.reserved)
+    @rule()
+    def give_up(self) -> None:
+        self.ring.release(self.reserved.pop(0))
+
     @rule()
     def fill_that_fails(self) -> None:
-        if len(self.ready) + len(self.in_use) < 3:
+        if self.num_held < 3:
             with pytest.raises(RowReadError):
                 self.ring.fill(np.array([5]), np.array([5]), fail)
 
@@ -239,7 +295,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_accounted_for(self) -> None:
-        held = len(self.ready) + len(self.in_use)
+        held = self.num_held
         assert held <= self.ring.num_in_use <= 3
         assert held == sum(slot.state is not SlotState.FREE for slot in self.ring._slots)
 
@@ -247,7 +303,7 @@ class RingMachine(RuleBasedStateMachine):
         self.device.drain()
         for result, ids in self.checks:
             assert result.tolist() == ids
-        for slot in [slot for slot, _ in self.ready] + self.in_use:
+        for slot in [slot for slot, _ in self.ready] + self.in_use + self.reserved:
             self.ring.release(slot)
         self.device.drain()
         assert self.ring.num_in_use == 0

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from scone.kernels.gather import RowMemory, decode_rows, largest_id
+from scone.kernels.gather import RowMemory, decode_rows
 from scone.kernels.row_codec import CODECS, DTYPES, RowCodec
 
-STREAMED_BYTES = 4 << 20  # outputs from here on go past the caches (native/gather.cpp)
+STREAMED_BYTES = 16 << 20  # outputs from here on go past the caches (native/gather.cpp)
 
 
 def memory_of(stored: torch.Tensor, codec: RowCodec, shift: int = 0) -> RowMemory:
@@ -53,7 +53,16 @@ def test_gather_equals_decoding_the_same_rows(codec_name: str, dtype: str) -> No
         assert torch.equal(out, decoded)
 
 
-def test_largest_id() -> None:
-    assert largest_id(np.array([], np.int64)) == -1
-    assert largest_id(np.array([-5, -1], np.int64)) == -1
-    assert largest_id(np.array([3, 2**62, -1], np.int64)) == 2**62
+@pytest.mark.parametrize("is_native", [True, False])
+def test_ids_beyond_the_table_are_refused_before_anything_is_written(is_native: bool) -> None:
+    codec = RowCodec("raw", "bfloat16", 8)
+    memory = memory_of(codec.encode(torch.ones(4, 8)), codec)
+    if not is_native:
+        memory._native = None
+    out = torch.zeros(3, 8)
+    for largest in (4, 2**62):
+        with pytest.raises(IndexError, match=rf"row id {largest} is beyond the table's 4 rows"):
+            memory.gather(np.array([3, -1, largest], np.int64), 0, 4, out)
+    assert not out.any()
+    assert memory.gather(np.array([-5, -1, 3], np.int64), 0, 4, out) == 1
+    assert memory.gather(np.array([], np.int64), 0, 4, out[:0]) == 0

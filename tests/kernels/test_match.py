@@ -122,8 +122,14 @@ def test_last_of_each_window_equals_the_whole(
     # sliding windows overlap in memory: strides other than the width
     rows, lengths = matcher.match_last(np.lib.stride_tricks.sliding_window_view(padded, width))
     expected = matcher.match(tokens)
-    ends = matcher.match_ends([tokens[: i + 1].tolist() for i in range(len(tokens))])
-    np.testing.assert_array_equal(ends, expected)
+    wanted, places = np.empty((2, len(tokens)), np.int64)
+    histories = [tokens[: i + 1].tolist() for i in range(len(tokens))]
+    row_ids: list[list[int]] = [[] for _ in histories]
+    where = np.flatnonzero(expected[0] >= 0)
+    assert matcher.match_newest(histories, row_ids, wanted, places) == len(where)
+    assert row_ids == [[row_id] for row_id in expected[0].tolist()]
+    np.testing.assert_array_equal(places[: len(where)], where)
+    np.testing.assert_array_equal(wanted[: len(where)], expected[0][where])
     if width >= zipf_index.max_n:
         np.testing.assert_array_equal(rows, expected[0])
         np.testing.assert_array_equal(lengths, expected[1])

@@ -96,6 +96,7 @@ def test_sliding_window_limits_the_context(tmp_path: Path) -> None:
 
 
 def test_tied_head_is_held_once(tiny_decoder: Decoder) -> None:
+    assert isinstance(tiny_decoder.embed_tokens, torch.nn.Embedding)
     assert tiny_decoder.lm_head.weight.data_ptr() == tiny_decoder.embed_tokens.weight.data_ptr()
 
 

@@ -80,7 +80,6 @@ def test_inputs_replace_the_embedding_by_the_longest_match(tiny_decoder: Decoder
     )
     inputs = FGramInputs(fgrams, model)
     input_ids = np.array([[4, 5, 6, 7], [5, 6, 4, 5]], dtype=np.int32)
-    assert inputs.match(input_ids[0]).tolist() == [-1, 0, 2, -1]
     embeddings, match_rate = inputs.embed(tiny_decoder, input_ids)
     assert match_rate == 4 / 8
     rows = model(torch.from_numpy(tokens.astype(np.int64)), torch.tensor([2, 2, 3]))

@@ -71,11 +71,12 @@ def test_golden_bytes(tmp_path: Path, fgram_set: MakeSet) -> None:
     writer = TableWriter.create(
         tmp_path / "t", fgrams, dim=2, dtype="bfloat16", model_hash="6d" * 32, tokenizer_hash="74" * 32
     )
-    writer.append(torch.tensor([[1.0, 2.0], [-1.0, 0.5]]))
+    writer.append(torch.tensor([[1.0, 2.0], [-1.0, 0.5009765625]]))  # the last is rounded to 0.5
     writer.finish()
-    table_id = json.loads((tmp_path / "t/manifest.json").read_text())["table_id"]
+    manifest = json.loads((tmp_path / "t/manifest.json").read_text())
+    table_id = manifest["table_id"]
     rows = (tmp_path / "t/rows.bin").read_bytes()
-    assert rows[:16].hex() == b"SCONEROW".hex() + "01000000" + "00100000"
+    assert rows[:16].hex() == b"SCONEROW".hex() + "02000000" + "00100000"
     assert rows[16:48].hex() == table_id
     assert rows[48:88].hex() == "".join(n.to_bytes(8, "little").hex() for n in (2, 4, 2, 0, 1))
     assert rows[88:124] == bytes(36)
@@ -87,6 +88,9 @@ def test_golden_bytes(tmp_path: Path, fgram_set: MakeSet) -> None:
     sums = (tmp_path / "t/checksums.bin").read_bytes()
     assert sums[48:88].hex() == "".join(n.to_bytes(8, "little").hex() for n in (1, 1, 4096, 0, 0))
     assert sums[4096:].hex() == SUMS
+    errors = (tmp_path / "t/row_errors.bin").read_bytes()
+    assert errors.hex() == "00000000" + "46e2643a"  # 2^-10 / |(-1, 0.5009765625)|
+    assert manifest["row_error"] == {"max": 0.0008731227135285735, "rms": 0.0006173909915440537}
 
 
 BUCKET = (
@@ -100,6 +104,33 @@ BUCKET = (
     + "00ec5867"  # no flags; check bits
 )
 SUMS = "bae2421d5a6d8017"  # of the one bucket, of both rows
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype", "rms"),
+    [
+        ("raw", "float32", 0.0),
+        ("raw", "bfloat16", 0.0017),
+        ("int8", "bfloat16", 0.0064),
+        ("int4", "bfloat16", 0.097),
+        ("fp8", "bfloat16", 0.0265),
+    ],
+)
+def test_the_manifest_states_the_error_of_the_rows(
+    tmp_path: Path, zipf_fgrams: FGramSet, write_table: WriteTable, codec: str, dtype: str, rms: float
+) -> None:
+    """Of normal rows: against the figures that other measurements of these codecs gave."""
+    table = write_table(tmp_path / "t", zipf_fgrams, codec=codec, dtype=dtype)
+    files = open_table_files(table)
+    stated = files.manifest.row_error
+    computed = torch.randn(len(zipf_fgrams), 64, generator=torch.Generator().manual_seed(0))
+    stored = torch.from_numpy(files.read_pages(0, len(files.page_sums)).reshape(len(zipf_fgrams), -1))
+    decoded = files.manifest.row_codec.decode_reference(stored).float()
+    errors = (decoded - computed).norm(dim=1) / computed.norm(dim=1)
+    assert stated.max == pytest.approx(float(errors.max()), rel=1e-4)
+    assert stated.rms == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-4)
+    assert stated.rms == pytest.approx(rms, rel=0.1)
+    assert np.fromfile(table / "row_errors.bin", "<f4") == pytest.approx(errors.numpy(), rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -341,9 +372,10 @@ def test_files_of_another_table_are_refused(
 
 def test_another_format_version_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(TableError, match="format version 99"):
-        open_table_files(copy)
+    for version in (1, 99):
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"format_version": version}))
+        with pytest.raises(TableError, match=f"format version {version}, .* build the table again"):
+            open_table_files(copy)
     (copy / "manifest.json").write_text("[]")
     with pytest.raises(TableError, match="no manifest"):
         open_table_files(copy)

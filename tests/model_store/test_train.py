@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import threading
@@ -17,11 +16,13 @@ from scone.model_store.count import count_fgrams
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.errors import CheckpointError, CorpusError
 from scone.model_store.fgram_set import FGramSet
-from scone.model_store.head_loss import frozen_head_loss, token_losses
+from scone.model_store.head_loss import head_loss, token_losses
 from scone.model_store.perplexity import measure_perplexity
 from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.token_stream import TokenStream
-from scone.model_store.train import CURVE, TrainConfig, train
+from scone.model_store.train import train
+from scone.model_store.train_config import TrainConfig
+from scone.model_store.training_curve import read_curve
 
 CONFIG = TrainConfig(
     steps=30,
@@ -60,8 +61,7 @@ def stream(seed: int) -> TokenStream:
 
 
 def curve(out: Path) -> list[float]:
-    with (out / CURVE).open() as file:
-        return [float(row["heldout_loss"]) for row in csv.DictReader(file)]
+    return [point.heldout_loss for point in read_curve(out)]
 
 
 def test_heldout_loss_falls(tiny_decoder: Decoder, fgrams: FGramSet, tmp_path: Path) -> None:
@@ -80,6 +80,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     train(CONFIG, tiny_decoder, fgrams, stream(0), stream(1), tmp_path / "parts")
     resumed = train(CONFIG, tiny_decoder, fgrams, stream(0), stream(1), tmp_path / "parts")
+    assert whole is not None
+    assert resumed is not None
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
 
@@ -92,11 +94,11 @@ def test_another_run_is_not_overwritten(tiny_decoder: Decoder, fgrams: FGramSet,
     assert len(curve(tmp_path)) == 3
 
 
-def test_frozen_head_loss_equals_autograd() -> None:
+def test_head_loss_equals_autograd() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(300, 16, requires_grad=True)
     head, targets = torch.randn(50, 16), torch.randint(0, 50, (300,))
-    loss = frozen_head_loss(hidden, head, targets)
+    loss = head_loss(hidden, head, targets)
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = hidden.grad
     assert gradient is not None

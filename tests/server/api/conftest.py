@@ -22,6 +22,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from scone.cache.fgram_table import FGramTable
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.tokenizer import Tokenizer
@@ -34,7 +36,9 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.observer import StepStats
 from scone.server.engine_door import OnDelta
 from scone.server.errors import UnavailableError
+from scone.server.load_model import served_recycled
 from scone.server.metrics import ServerMetrics
+from scone.server.recycled_metrics import RecycledCollector
 from scone.server.sequence import Delta, GenerationRequest, RequestUsage, TokenLogprob
 from scone.server.served_table import ServedTable
 from scone.server.table_metrics import TableCollector
@@ -268,6 +272,7 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
         engine_config: EngineConfig | None = None,
         step_seconds: float = 0.0,
         table: ServedTable = served_table,
+        store: RecycledStore | None = None,
         **config: Any,
     ) -> Iterator[LiveServer]:
         metrics = PacedMetrics(step_seconds)
@@ -278,6 +283,7 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
             table.table,
             "tiny",
             observer=metrics,
+            recycled=store,
         )
         engine.start()
         metrics.watch_engine(engine.stats)
@@ -290,7 +296,12 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
             max_model_len=engine.config.max_model_len,
             dim=tiny_decoder.config.dim,
             num_layers=tiny_decoder.config.num_layers,
+            recycled=None
+            if store is None
+            else served_recycled("store", store, engine, MemoryBudget(1 << 26)),
         )
+        if store is not None:
+            metrics.watch_recycled(RecycledCollector(store))
         try:
             with serve(model, metrics, **config) as server:
                 yield server

@@ -21,7 +21,7 @@ def test_verify_passes_a_whole_table_and_names_what_is_damaged(
     table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(table)]) == 0
-    assert "all 4 files fit their checksums" in capsys.readouterr().out
+    assert "all 5 files fit their checksums" in capsys.readouterr().out
     content = bytearray((table / "rows.bin").read_bytes())
     content[4096 * 7] ^= 1
     (table / "rows.bin").write_bytes(content)
@@ -37,6 +37,7 @@ def test_inspect_lists_manifest_and_fgrams(
     assert main(["inspect", str(table), "--json", "--fgrams", "3"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["num_fgrams"] == 500
+    assert 0 < facts["row_error"]["rms"] <= facts["row_error"]["max"] < 0.01  # bfloat16
     assert facts["max_count"] == zipf_fgrams.counts[0]
     assert sum(facts["fgrams_by_length"].values()) == 500
     assert [fgram["tokens"] for fgram in facts["fgrams"]] == [

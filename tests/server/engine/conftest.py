@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
+from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycled_store import RecycledStore
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import SlotState
 from scone.model_store.decoder import CausalAttention, Decoder
@@ -21,10 +26,13 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import RequestRun
 from scone.server.engine.input_rows import InputRows
-from scone.server.engine.model_runner import ModelRunner
+from scone.server.engine.layer_range import LayerRange
+from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
+
+from .restarts import Restarts
 
 NUM_SPECIALS = 3
 """Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""
@@ -67,6 +75,10 @@ class DictTable:
         self.waits: list[float] = []
 
     @property
+    def never_waits(self) -> bool:
+        return self.slow is not None and not self.slow
+
+    @property
     def is_held(self) -> bool:
         return self.held is None
 
@@ -85,8 +97,20 @@ class DictTable:
         ids = input_ids.tolist()
         return np.array([self.longest(ids[: i + 1]) for i in range(len(ids))], dtype=np.int64), None
 
-    def match_ends(self, sequences: list[list[int]]) -> tuple[Any, Any]:
-        return np.array([self.longest(tokens) for tokens in sequences], dtype=np.int64), None
+    def match_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        wanted: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+    ) -> int:
+        num_wanted = 0
+        for i, (tokens, its_row_ids) in enumerate(zip(sequences, row_ids, strict=True)):
+            its_row_ids.append(self.longest(tokens))
+            if its_row_ids[-1] >= 0:
+                wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
+                num_wanted += 1
+        return num_wanted
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
         return np.where(row_ids % 2 == 0, "ram", "disk")
@@ -111,9 +135,10 @@ class DictTable:
                 self.num_read += 1
 
     def submit(
-        self, row_ids: np.ndarray[Any, Any], reason: str = "demand", *, apart: bool = False
+        self, row_ids: np.ndarray[Any, Any] | Sequence[int], *, apart: bool = False
     ) -> DictRead | None:
-        awaited = [r if self.slow is None or r in self.slow else -1 for r in row_ids.tolist()]
+        ids = np.asarray(row_ids).tolist()
+        awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
         return DictRead(self, np.array(awaited)) if max(awaited) >= 0 else None
 
 
@@ -121,22 +146,22 @@ class DictRead:
     def __init__(self, table: DictTable, row_ids: np.ndarray[Any, Any]) -> None:
         self.table, self.row_ids = table, row_ids
 
-    def ready(self) -> bool:
+    def ready(self, begin: int, end: int) -> bool:
         held = self.table.held
-        return held is not None and held.isdisjoint(self.row_ids.tolist())
+        return held is not None and held.isdisjoint(self.row_ids[begin:end].tolist())
 
-    def wait(self, timeout: float) -> bool:
+    def wait(self, begin: int, end: int, timeout: float) -> bool:
         self.table.waits.append(timeout)
-        return self.ready()
+        return self.ready(begin, end)
 
     def error(self, begin: int, end: int) -> RowReadError | None:
         broken = self.table.broken & set(self.row_ids[begin:end].tolist())
         return RowReadError(f"row {min(broken)} cannot be read") if broken else None
 
     def copy_into(self, picks: np.ndarray[Any, Any], out: Tensor) -> None:
-        assert self.ready(), "the engine would block on a read that is not ready"
         for i, pick in enumerate(picks.tolist()):
             if pick >= 0:
+                assert self.ready(pick, pick + 1), "the engine would block on a read that is not ready"
                 assert self.row_ids[pick] >= 0
                 out[i] = self.table.row(self.row_ids[pick])
                 self.table.num_read += 1
@@ -203,15 +228,16 @@ class LateRunner(ModelRunner):
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._late(super().embed(chunks))
 
-    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, num_layers: int | None = None) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange = ALL_LAYERS) -> Tensor:
         hidden = torch.full_like(embeddings, torch.nan)
         # what the host prepares is as of now
         positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.num_tokens)])
         batch = self._paged_batch(chunks)
 
         def run() -> None:
+            k_cache, v_cache = self._kv_cache
             states = self._forward.forward(
-                embeddings, positions.int(), batch, self._k_cache, self._v_cache, num_layers
+                embeddings, positions.int(), batch, k_cache, v_cache, layers.end, layers.first
             )
             hidden.copy_(states)
 
@@ -239,15 +265,23 @@ class World:
         tokenizer: Tokenizer,
         table: DictTable | None = None,
         device: SimDevice | None = None,
+        store: RecycledStore | None = None,
         **config: Any,
     ) -> None:
-        """With `device` the model runs on it, else here."""
+        """With `device` the model runs on it, else here; with `store` it recycles states."""
         defaults = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
         self.config = EngineConfig(**{**defaults, **config})
         runner = (
             ModelRunner(decoder, self.config) if device is None else LateRunner(decoder, self.config, device)
         )
+        self.runner = runner
         self.core = EngineCore(self.config, runner, tokenizer, "model", SilentObserver(), device)
+        self._device = device
+        self.commands: deque[Callable[[], None]] = deque()
+        if store is not None:
+            self.core.recycle(
+                store, RecycleCost(store.read_speeds), runner, runner.num_layers, self.commands.append
+            )
         self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 
@@ -273,26 +307,73 @@ class World:
         self.core.add(run)
         return outcome
 
+    def step(self) -> bool:
+        """One round of the engine's loop."""
+        while self.commands:
+            self.commands.popleft()()
+        return self.core.step()
+
     def run(self, max_steps: int = 2000) -> None:
         """Steps until all is done; afterwards no block may be held."""
+        deadline = time.monotonic() + 60
         for _ in range(max_steps):
             if not self.core.has_work:
                 break
-            self.core.step()
+            while not self.step() and self.core.recycler is not None and time.monotonic() < deadline:
+                if not self.core.has_work:
+                    break
+                self._pass_time()
         assert not self.core.has_work, "requests did not end"
+        self.settle()
         pool = self.core.state.pool
         assert pool.num_free == pool.num_blocks
         assert not self.core.state.waiting
         assert not self.core.state.running
         assert all(slot.state is SlotState.FREE for slot in self.core.overlay.ring._slots)
+        if self.core.recycler is not None:
+            ring = self.core.recycler.restorer.ring
+            assert all(slot.state is SlotState.FREE for slot in ring._slots)
+
+    def settle(self) -> None:
+        """Waits until the store has what it was given, and workers have ended."""
+        recycler = self.core.recycler
+        if recycler is None:
+            return
+        deadline = time.monotonic() + 60
+        while recycler.is_busy or recycler.saver.num_held:
+            assert time.monotonic() < deadline, "workers do not end"
+            while self.commands:
+                self.commands.popleft()()
+            self.core.step()
+            self._pass_time()
+
+    def _pass_time(self) -> None:
+        """While the engine can do nothing, workers and the device go on."""
+        time.sleep(0.0002)
+        if self._device is not None:
+            with torch.inference_mode():
+                self._device.step()
 
 
 @pytest.fixture
-def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Callable[..., World]:
-    def make(table: DictTable | None = None, device: SimDevice | None = None, **config: Any) -> World:
-        return World(tiny_decoder, byte_tokenizer, table, device, **config)
+def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
 
-    return make
+    def make(table: DictTable | None = None, device: SimDevice | None = None, **config: Any) -> World:
+        worlds.append(World(tiny_decoder, byte_tokenizer, table, device, **config))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        if world.core.recycler is not None:
+            world.core.recycler.close()
+
+
+@pytest.fixture
+def restarts(tmp_path: Path) -> Iterator[Restarts]:
+    store = Restarts(tmp_path / "store")
+    yield store
+    store.close()
 
 
 @pytest.fixture

@@ -167,15 +167,19 @@ def test_decode_rows_that_fail_are_read_again_alone(make_world: MakeWorld, tiny_
     assert [o.last().finish_reason for o in outcomes] == ["length", "length", "error", "length"]
 
 
-def test_a_failed_match_ends_its_request_only(make_world: MakeWorld, dict_table: DictTable) -> None:
-    match_ends = dict_table.match_ends
+@pytest.mark.parametrize("slow", [None, set()], ids=["disk", "memory"])
+def test_a_failed_match_ends_its_request_only(
+    make_world: MakeWorld, dict_table: DictTable, slow: set[int] | None
+) -> None:
+    match_newest = dict_table.match_newest
 
-    def damaged(sequences: list[list[int]]) -> tuple[Any, Any]:
+    def damaged(sequences: list[list[int]], *out: Any) -> int:
         if any(5 in tokens for tokens in sequences):
             raise RowReadError("the index is damaged")
-        return match_ends(sequences)
+        return match_newest(sequences, *out)
 
-    dict_table.match_ends = damaged  # type: ignore[method-assign]
+    dict_table.match_newest = damaged  # type: ignore[method-assign, assignment]
+    dict_table.slow = slow
     world = make_world(dict_table)
     good = world.add([6, 7], max_tokens=6, allowed_token_ids=(6, 7))
     bad = world.add([4, 5], max_tokens=6)

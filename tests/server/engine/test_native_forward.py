@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from scone.kernels.packed_linear import (
 from scone.model_store.decoder import Decoder
 from scone.server.engine import native_forward
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk, Sequence
@@ -141,6 +143,53 @@ def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
         assert torch.equal(alone[0], states)
         threaded = hidden_states(ModelRunner(decoder, replace(config, num_threads=3)), [prompt], [1, 2, 3])
         assert torch.equal(threaded[0], states)
+
+
+@pytest.mark.parametrize("settings", [{"backend": "torch"}, {}, {"quantization": "int8"}])
+@pytest.mark.parametrize("middle", [0, 1, 2])
+def test_upper_layers_over_known_states_give_the_same_bits(settings: dict[str, Any], middle: int) -> None:
+    """All layers at once, and the upper ones over what the lower ones gave, in other chunks and blocks."""
+    config, decoder = replace(CONFIG, **settings), random_decoder()
+    prompt = random_prompt(3, 60, high=200)
+    whole = ModelRunner(decoder, config)
+    lower, upper = ModelRunner(decoder, config), ModelRunner(decoder, config)
+    seq = Sequence(0, 0, prompt, block_ids=list(range(8)))
+    with torch.inference_mode():
+        everything = Chunk(seq, 0, 60)
+        expected = whole.forward([everything], whole.embed([everything])).clone()
+        states = lower.forward([everything], lower.embed([everything]), LayerRange(0, middle)).clone()
+        cuts = [0, 60] if config.backend == "torch" else [0, 13, 48, 60]
+        chunks = [Chunk(seq, a, b - a) for a, b in itertools.pairwise(cuts)]
+        parts = [
+            upper.forward([c], states[c.start : c.start + c.num_tokens].clone(), LayerRange(middle))
+            for c in chunks
+        ]
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_layers_that_end_before_they_begin_are_refused() -> None:
+    runner = ModelRunner(random_decoder(), CONFIG)
+    chunk = Chunk(Sequence(0, 0, [5], block_ids=[0]), 0, 1)
+    with torch.inference_mode(), pytest.raises(ValueError, match="first_layer is more than num_layers"):
+        runner.forward([chunk], runner.embed([chunk]), LayerRange(2, 1))
+
+
+def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
+    """Copied into another model's cache, elsewhere, they stand in for computing."""
+    for backend in ("native", "torch"):
+        config = replace(CONFIG, backend=backend)
+        first, second = (ModelRunner(random_decoder(), config) for _ in range(2))
+        prompt = random_prompt(4, 24, high=200)
+        here, there = (Sequence(0, 0, prompt, block_ids=ids) for ids in ([3, 1, 2], [9, 4, 7]))
+        with torch.inference_mode():
+            everything, rest = Chunk(here, 0, 24), Chunk(here, 16, 8)
+            first.forward([everything], first.embed([everything]))
+            expected = first.forward([rest], first.embed([rest])).clone()
+            for source, target in zip(here.block_ids[:2], there.block_ids[:2], strict=True):
+                assert first.block(source).numel() == first.block_bytes == 3 * 2 * 2 * 16 * 4 * 8
+                second.block(target).copy_(first.block(source))
+            rest = Chunk(there, 16, 8)
+            assert torch.equal(second.forward([rest], second.embed([rest])), expected)
 
 
 def test_settings_that_need_native_kernels_say_so() -> None:

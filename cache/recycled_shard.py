@@ -1,0 +1,324 @@
+"""One shard of the disk tier: an LMDB environment in one file that never grows beyond its budget.
+
+The map size is the budget, so LMDB itself refuses to let the file grow. Below it, states of least worth are
+deleted before others are written, early enough: the pages that a transaction frees can be used again only
+two transactions later, and not while an older snapshot is being read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from scone.cache.chunk_reader import ChunkReader
+from scone.cache.recycled_layout import (
+    PAGE_BYTES,
+    Entry,
+    chunk_key,
+    chunks,
+    name_in_order_key,
+    num_pages,
+    order_key,
+    score_in_order_key,
+)
+from scone.cache.recycled_record import Bytes, Record, kind_of, state_key
+from scone.cache.recycled_stats import KINDS, Kind
+from scone.cache.state_worth import Worth
+
+MAX_READERS = 254
+LEAST_SLACK_PAGES = 256
+_SLACK_SHARE = 0.05
+_MAX_DELETED = 32
+"""States deleted in one transaction: each may copy some pages of the trees, and needs free ones for that."""
+_MAX_WASTED_SHARE = 0.25
+_NUM_META_PAGES = 2
+_USAGE = struct.Struct("<QQ")
+_NEXT_ID = b"next"
+
+DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
+"""What LMDB says when its file is not what it wrote."""
+
+Rated = tuple[Record, Worth]
+
+
+def slack_pages(map_bytes: int) -> int:
+    """Pages kept free: those that trees are copied to, and those that are freed but not yet to be used."""
+    return max(LEAST_SLACK_PAGES, int(map_bytes // PAGE_BYTES * _SLACK_SHARE))
+
+
+def fits(num_bytes: int, map_bytes: int) -> bool:
+    """Whether a state can be kept: it is written while as much again is free."""
+    return 3 * num_pages(num_bytes) + slack_pages(map_bytes) <= map_bytes // PAGE_BYTES
+
+
+class RecycledShard:
+    """The states of one file. Thread-safe, but `resize` and `close` need other calls to be over."""
+
+    def __init__(self, path: Path, map_bytes: int) -> None:
+        """Opens or makes the file; raises lmdb.Error and OSError."""
+        self.path = path
+        # metasync: a crash of the machine may undo the last transaction, and no more.
+        self._env = lmdb.open(
+            str(path),
+            subdir=False,
+            map_size=_map_size(path, map_bytes),
+            metasync=False,
+            readahead=False,
+            max_readers=MAX_READERS,
+            max_dbs=4,
+        )
+        self.map_bytes = map_bytes
+        try:
+            if path.stat().st_size < (self._env.info()["last_pgno"] + 1) * PAGE_BYTES:
+                raise lmdb.CorruptedError(f"{path} was cut short")
+            self.forget_killed_readers()
+            self._entries = self._env.open_db(b"entries")
+            self._order = self._env.open_db(b"order")
+            self._chunks = self._env.open_db(b"chunks")
+            self._counts = self._env.open_db(b"counts")
+            self._reader = ChunkReader(path)
+        except BaseException:
+            self._env.close()
+            raise
+
+    @property
+    def file_bytes(self) -> int:
+        return self._reader.file_bytes
+
+    @property
+    def limit_pages(self) -> int:
+        return self.map_bytes // PAGE_BYTES
+
+    def forget_killed_readers(self) -> None:
+        """A process that was killed while it read would keep pages from being used again."""
+        self._env.reader_check()
+
+    def held(self, names: Iterable[bytes]) -> list[bool]:
+        with self._env.begin(buffers=True) as txn:
+            return [txn.get(name, db=self._entries) is not None for name in names]
+
+    def read(self, name: bytes, out: Bytes | None) -> Rated | None:
+        """The record, its payload in `out` if that has its size; not verified. Waits for the disk.
+
+        Where chunks are missing or short, bytes are undefined. The snapshot that is held meanwhile keeps the
+        pages from being used again.
+        """
+        with self._env.begin(buffers=True) as txn:
+            value = txn.get(name, db=self._entries)
+            if value is None:
+                return None
+            entry = Entry.from_bytes(value)
+            if entry.num_bytes > self.map_bytes:
+                raise lmdb.CorruptedError(f"an entry of {self.path} has {entry.num_bytes} bytes")
+            ids = np.empty(entry.num_id_bytes, np.uint8)
+            payload = out
+            if payload is None or payload.nbytes != entry.num_payload_bytes:
+                payload = np.empty(entry.num_payload_bytes, np.uint8)
+            self._reader.read(txn.cursor(self._chunks), entry, ids, payload)
+        return Record(name, ids.tobytes(), payload, entry.crc), entry.worth
+
+    def write(self, records: Sequence[Rated], evicted: list[bytes]) -> dict[bytes, str]:
+        """Stores what is worth it, in one transaction, after evicting what is worth less.
+
+        Args:
+            records: together small against the file.
+            evicted: names of what had to go are appended.
+
+        Returns:
+            By name `stored`, `held`, `refused` or `failed`.
+        """
+        held = self.held(record.name for record, _ in records)
+        results = {record.name: "held" for record, _ in records}
+        wanted = [rated for rated, is_held in zip(records, held, strict=True) if not is_held]
+        wanted.sort(key=lambda rated: -rated[1].score)
+        need = 0
+        for index, (record, worth) in enumerate(wanted):
+            need += num_pages(record.num_bytes)
+            if self._make_room(2 * need, worth.score, evicted):
+                continue
+            results |= {record.name: "refused" for record, _ in wanted[index:]}
+            del wanted[index:]
+            break
+        if wanted:
+            result = "stored" if self._put_all(wanted, need, evicted) else "failed"
+            results |= {record.name: result for record, _ in wanted}
+        return results
+
+    def touch(self, uses: Mapping[bytes, Sequence[float]]) -> None:
+        """Notes uses, by name, at these times."""
+        try:
+            with self._env.begin(write=True) as txn:
+                for name, times in uses.items():
+                    value = txn.get(name, db=self._entries)
+                    if value is not None:
+                        self._touch(txn, name, Entry.from_bytes(value), times)
+        except lmdb.MapFullError:
+            return  # uses are not worth an eviction
+
+    def delete(self, names: Iterable[bytes]) -> int:
+        """Deletes states; returns how many there were."""
+        waiting, num_deleted = list(names), 0
+        while waiting:
+            part, waiting = waiting[:_MAX_DELETED], waiting[_MAX_DELETED:]
+            with self._env.begin(write=True) as txn:
+                num_deleted += sum(self._delete(txn, name) for name in part)
+        return num_deleted
+
+    def clear(self, kind: Kind) -> int:
+        """Deletes all states of a kind; returns how many."""
+        with self._env.begin() as txn:
+            names = list(txn.cursor(self._entries).iternext(values=False))
+        return self.delete(name for name in names if name.startswith(state_key(kind, b"")))
+
+    def trim(self, evicted: list[bytes]) -> bool:
+        """Evicts what is beyond the budget, if that was lowered; the file does not become smaller by this."""
+        return self._make_room(0, float("inf"), evicted)
+
+    def used_bytes(self) -> int:
+        """Of all pages in use."""
+        with self._env.begin() as txn:
+            return self._used_pages(txn) * PAGE_BYTES
+
+    def usage(self) -> dict[Kind, tuple[int, int]]:
+        """Entries and payload bytes by kind."""
+        with self._env.begin() as txn:
+            return {kind: self._usage(txn, kind) for kind in KINDS}
+
+    def copy_compact(self, path: Path) -> None:
+        """Writes a file with the same states and no free page; raises lmdb.Error and OSError."""
+        self._env.copy(str(path), compact=True)
+
+    def resize(self, map_bytes: int) -> None:
+        """Lets the states take another size; by this, no file becomes smaller."""
+        self._env.set_mapsize(_map_size(self.path, map_bytes))
+        self.map_bytes = map_bytes
+        self._reader.remapped()
+
+    def close(self) -> None:
+        self._reader.close()
+        self._env.close()
+
+    def _make_room(self, pages: int, below: float, evicted: list[bytes]) -> bool:
+        """Evicts states of a score under `below` until `pages` are free beside the slack."""
+        while True:
+            with self._env.begin() as txn:
+                missing = self._used_pages(txn) + slack_pages(self.map_bytes) + pages - self.limit_pages
+            if missing <= 0:
+                return True
+            try:
+                if not self._evict(missing, below, evicted):
+                    return False
+            except lmdb.MapFullError:
+                return False
+
+    def _evict(self, pages: int, below: float, evicted: list[bytes]) -> int:
+        """One transaction of deletions, least score first; returns how many."""
+        gone: list[bytes] = []
+        with self._env.begin(write=True) as txn:
+            enough = self._used_pages(txn) - pages
+            for _ in range(_MAX_DELETED):
+                cursor = txn.cursor(self._order)
+                if self._used_pages(txn) <= enough or not cursor.first():
+                    break
+                key = cursor.key()
+                if score_in_order_key(key) >= below:
+                    break
+                if not self._delete(txn, name_in_order_key(key)):
+                    raise lmdb.CorruptedError(f"{self.path} ranks a state that it does not have")
+                gone.append(name_in_order_key(key))
+        evicted += gone
+        return len(gone)
+
+    def _put_all(self, records: Sequence[Rated], need: int, evicted: list[bytes]) -> bool:
+        for attempt in range(3):
+            try:
+                with self._env.begin(write=True) as txn:
+                    for record, worth in records:
+                        self._put(txn, record, worth)
+            except lmdb.MapFullError:
+                # Pages are free, but a snapshot still has them, or no four of them lie together.
+                with self._env.begin() as txn:
+                    free = self.limit_pages - self._used_pages(txn)
+                if attempt and free < self.limit_pages * _MAX_WASTED_SHARE + 3 * need:
+                    self._make_room(3 * need, float("inf"), evicted)
+                self._advance()
+            else:
+                return True
+        return False
+
+    def _advance(self) -> None:
+        """A transaction or two: what was freed before them can be used after them."""
+        for _ in range(2):
+            try:
+                with self._env.begin(write=True) as txn:
+                    txn.put(_NEXT_ID, self._next_id(txn).to_bytes(8, "little"), db=self._counts)
+            except lmdb.MapFullError:
+                return
+
+    def _put(self, txn: Any, record: Record, worth: Worth) -> None:
+        if txn.get(record.name, db=self._entries) is not None:
+            return  # another process was faster
+        state_id = self._next_id(txn)
+        txn.put(_NEXT_ID, (state_id + 1).to_bytes(8, "little"), db=self._counts)
+        entry = Entry(state_id, len(record.ids), len(record.payload), record.crc, worth)
+        for chunk, (begin, end) in enumerate(chunks(record.num_bytes)):
+            txn.put(chunk_key(state_id, chunk), record.part(begin, end), db=self._chunks, append=True)
+        txn.put(record.name, entry.to_bytes(), db=self._entries)
+        txn.put(order_key(worth.score, record.name), b"", db=self._order)
+        self._count(txn, kind_of(record.name), 1, len(record.payload))
+
+    def _delete(self, txn: Any, name: bytes) -> bool:
+        value = txn.pop(name, db=self._entries)
+        if value is None:
+            return False
+        entry = Entry.from_bytes(value)
+        txn.delete(order_key(entry.worth.score, name), db=self._order)
+        for chunk, _ in enumerate(chunks(min(entry.num_bytes, self.map_bytes))):
+            if not txn.delete(chunk_key(entry.state_id, chunk), db=self._chunks):
+                break
+        self._count(txn, kind_of(name), -1, -entry.num_payload_bytes)
+        return True
+
+    def _touch(self, txn: Any, name: bytes, entry: Entry, times: Sequence[float]) -> None:
+        worth = entry.worth
+        for time in times:
+            worth = worth.used(time)
+        txn.delete(order_key(entry.worth.score, name), db=self._order)
+        txn.put(order_key(worth.score, name), b"", db=self._order)
+        txn.put(name, entry.rated(worth).to_bytes(), db=self._entries)
+
+    def _next_id(self, txn: Any) -> int:
+        return int.from_bytes(txn.get(_NEXT_ID, bytes(8), self._counts), "little")
+
+    def _usage(self, txn: Any, kind: Kind) -> tuple[int, int]:
+        entries, num_bytes = _USAGE.unpack(txn.get(kind.encode(), bytes(_USAGE.size), self._counts))
+        return entries, num_bytes
+
+    def _count(self, txn: Any, kind: Kind, entries: int, num_bytes: int) -> None:
+        counted = self._usage(txn, kind)
+        now = _USAGE.pack(max(0, counted[0] + entries), max(0, counted[1] + num_bytes))
+        txn.put(kind.encode(), now, db=self._counts)
+
+    def _used_pages(self, txn: Any) -> int:
+        pages = _NUM_META_PAGES + 1
+        for database in (self._entries, self._order, self._chunks, self._counts):
+            stat = txn.stat(database)
+            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return int(pages)
+
+
+def _map_size(path: Path, map_bytes: int) -> int:
+    """What LMDB may map: the budget; of a larger file, soon replaced, also what evicting from it takes."""
+    file_bytes = path.stat().st_size if path.exists() else 0
+    return map_bytes if file_bytes <= map_bytes else file_bytes + LEAST_SLACK_PAGES * PAGE_BYTES

@@ -1,0 +1,245 @@
+"""The paper's comparison in miniature: do f-grams let a small model reach a larger one, from scratch?
+
+One tokenizer, one corpus, equal training tokens for all: a small base model, the same with f-grams (set sizes
+and f-gram model sizes), a control whose f-gram model sees only the last token, a larger base model, and a
+Kronecker row beside an untied dense one. Source: SCONE, arXiv 2502.01637, Table 3 and section 4.1.
+
+Everything is resumable: finished runs stay, an interrupted one goes on. Figures are study_report.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.models import BPE
+
+from scone.model_store.corpus import read_documents
+from scone.model_store.count import count_fgrams
+from scone.model_store.decoder import Decoder
+from scone.model_store.fgram_model import FGramModel
+from scone.model_store.fgram_set import FGramSet
+from scone.model_store.initialize import new_decoder
+from scone.model_store.model_config import ModelConfig
+from scone.model_store.token_stream import TokenStream
+from scone.model_store.tokenize_corpus import tokenize_files
+from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
+from scone.model_store.train import train
+from scone.model_store.train_config import TrainConfig
+from scone.model_store.training_curve import read_curve
+
+RUN = "run.json"
+_END = "<|endoftext|>"
+_HEAD_DIM = 32
+_NUM_POSITIONS = 16
+_EVALUATIONS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """How large the study is. The defaults are meant for about 12 hours on two cores.
+
+    Attributes:
+        small_set, large_set: f-grams; the most frequent ones.
+        thin_layers, deep_layers: layers of the two f-gram models, of the small model's width.
+        num_tokens: training tokens of each run.
+        num_seeds: of the main rows; the others are trained once.
+    """
+
+    vocab_size: int = 8192
+    max_n: int = 4
+    small_set: int = 20_000
+    large_set: int = 100_000
+    thin_layers: int = 2
+    deep_layers: int = 6
+    small_dim: int = 256
+    small_layers: int = 4
+    large_dim: int = 320
+    large_layers: int = 7
+    num_tokens: int = 5_000_000
+    batch_size: int = 16
+    seq_len: int = 192
+    learning_rate: float = 1.5e-3
+    heldout_tokens: int = 49_152
+    num_seeds: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One row of the study.
+
+    Attributes:
+        num_fgrams, fgram_layers: 0 without an f-gram model.
+        embedding: `tied` to the head, `dense` beside a head of its own, or `kronecker`, likewise.
+        is_main: trained with every seed.
+    """
+
+    name: str
+    dim: int
+    num_layers: int
+    num_fgrams: int = 0
+    fgram_layers: int = 0
+    last_token_only: bool = False
+    embedding: str = "tied"
+    is_main: bool = False
+
+
+def arms_of(config: StudyConfig) -> list[Arm]:
+    """All rows, the main ones first."""
+    base = Arm(name="S", dim=config.small_dim, num_layers=config.small_layers, is_main=True)
+    best = replace(
+        base, name="S-large-set-deep", num_fgrams=config.large_set, fgram_layers=config.deep_layers
+    )
+    return [
+        base,
+        best,
+        replace(best, name="S-control", last_token_only=True),
+        replace(base, name="M", dim=config.large_dim, num_layers=config.large_layers),
+        replace(best, name="S-large-set-thin", fgram_layers=config.thin_layers, is_main=False),
+        replace(best, name="S-small-set-deep", num_fgrams=config.small_set, is_main=False),
+        replace(
+            best,
+            name="S-small-set-thin",
+            num_fgrams=config.small_set,
+            fgram_layers=config.thin_layers,
+            is_main=False,
+        ),
+        replace(base, name="S-untied", embedding="dense", is_main=False),
+        replace(base, name="S-kronecker", embedding="kronecker", is_main=False),
+    ]
+
+
+class Study:
+    """The grid over one corpus, in one folder."""
+
+    def __init__(self, config: StudyConfig, corpus: list[str], heldout: list[str], out: Path) -> None:
+        """Trains the tokenizer, tokenises and counts, unless an earlier call did.
+
+        Raises:
+            CorpusError: the texts cannot be read, or are too short.
+        """
+        self.config, self.out = config, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = _tokenizer(config.vocab_size, corpus, out / "tokenizer.json")
+        tokens = tokenize_files(corpus, self.tokenizer, out / "corpus")
+        held = tokenize_files(heldout, self.tokenizer, out / "heldout")
+        self.corpus, self.heldout = (TokenStream.from_corpus(part, self.tokenizer) for part in (tokens, held))
+        path = out / "study.fgrams"
+        if not path.exists():
+            count_fgrams(
+                tokens,
+                max_n=config.max_n,
+                min_count=5,
+                top=config.large_set,
+                tokenizer_hash=self.tokenizer.hash,
+            ).save(path)
+        self.fgrams = FGramSet.load(path)
+
+    def run(self, logs: Path) -> bool:
+        """Trains what is missing, one seed of all rows after the other; False if it was told to stop.
+
+        Of each run, what it is and its curve lie in a folder of `logs`.
+        """
+        for seed in range(self.config.num_seeds):
+            for arm in arms_of(self.config):
+                if (seed == 0 or arm.is_main) and not self._run(arm, seed, logs / f"{arm.name}-{seed}"):
+                    return False
+        return True
+
+    def _run(self, arm: Arm, seed: int, log: Path) -> bool:
+        config = self._train_config(arm, seed)
+        if _is_finished(log, config.steps):
+            return True
+        decoder = new_decoder(self._shape(arm), self.tokenizer, seed)
+        fgrams = self.fgrams.head(arm.num_fgrams) if arm.num_fgrams else None
+        print(f"{log.name}: {config.steps:,} steps", flush=True)
+        work = self.out / "runs" / log.name
+        model = train(config, decoder, fgrams, self.corpus, self.heldout, work)
+        log.mkdir(parents=True, exist_ok=True)
+        facts = self._facts(arm, seed, decoder, model, config)
+        (log / RUN).write_text(json.dumps(facts, indent=1) + "\n")
+        for name in ("curve.csv", "curve.svg"):
+            (log / name).write_bytes((work / name).read_bytes())
+        return _is_finished(log, config.steps)
+
+    def _facts(
+        self, arm: Arm, seed: int, decoder: Decoder, model: FGramModel | None, config: TrainConfig
+    ) -> dict[str, Any]:
+        in_layers = sum(p.numel() for p in decoder.layers.parameters())
+        in_head = decoder.lm_head.weight.numel()
+        return {
+            "arm": asdict(arm) | {"num_fgrams": min(arm.num_fgrams, len(self.fgrams))},
+            "seed": seed,
+            "vocab_size": decoder.config.vocab_size,
+            "layer_parameters": in_layers,
+            "inference_parameters": in_layers + in_head,  # what a token is multiplied with
+            "input_parameters": sum(p.numel() for p in decoder.embed_tokens.parameters()),
+            "fgram_model_parameters": 0 if model is None else sum(p.numel() for p in model.parameters()),
+            "corpus_tokens": len(self.corpus.input_ids),
+            "train": asdict(config),
+        }
+
+    def _shape(self, arm: Arm) -> ModelConfig:
+        return ModelConfig(
+            architecture="llama",
+            vocab_size=self.tokenizer.vocab_size,
+            dim=arm.dim,
+            num_layers=arm.num_layers,
+            num_heads=arm.dim // _HEAD_DIM,
+            num_kv_heads=arm.dim // _HEAD_DIM,
+            head_dim=_HEAD_DIM,
+            ffn_dim=arm.dim * 8 // 3 // 32 * 32,
+            norm_eps=1e-5,
+            rope_theta=10000.0,
+            max_position=1024,
+            byte_positions=_NUM_POSITIONS if arm.embedding == "kronecker" else None,
+            tied_head=arm.embedding == "tied",
+            eos_ids=self.tokenizer.eos_ids,
+        )
+
+    def _train_config(self, arm: Arm, seed: int) -> TrainConfig:
+        config = self.config
+        steps = max(1, config.num_tokens // (config.batch_size * config.seq_len))
+        return TrainConfig(
+            freeze_main=False,
+            steps=steps,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            main_learning_rate=config.learning_rate,
+            learning_rate=config.learning_rate,
+            output_learning_rate=config.learning_rate,
+            schedule="cosine",
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.1,
+            num_layers=max(1, arm.fgram_layers),
+            seed=seed,
+            save_every=max(1, steps // _EVALUATIONS),
+            heldout_tokens=config.heldout_tokens,
+            last_token_only=arm.last_token_only,
+        )
+
+
+def _is_finished(log: Path, steps: int) -> bool:
+    points = read_curve(log)
+    return bool(points) and points[-1].step == steps
+
+
+def _tokenizer(vocab_size: int, corpus: list[str], path: Path) -> Tokenizer:
+    """A byte-level BPE vocabulary of the corpus, kept in `path`."""
+    if not path.exists():
+        backend = tokenizers.Tokenizer(BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[_END],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(read_documents(corpus), trainer)
+        backend.save(str(path))
+    # the trainer gives special tokens the first ids
+    return tokenizer_from_file(path, eos_ids=(0,))

@@ -1,0 +1,59 @@
+"""The curve of a training run: a CSV with one line an evaluation, and a picture of it beside."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from scone.model_store.curve_picture import draw_curves
+
+CURVE, PICTURE = "curve.csv", "curve.svg"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """One evaluation; losses in nats a token, `train_loss` the mean since the last one."""
+
+    step: int
+    tokens: int
+    train_loss: float
+    heldout_loss: float
+    match_rate: float
+    learning_rate: float
+    seconds: int
+
+
+def append_point(run: Path, point: CurvePoint) -> None:
+    """Adds a line to the run's curve."""
+    path = run / CURVE
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(point))
+
+
+def read_curve(run: Path) -> list[CurvePoint]:
+    """The run's points; none if it has made none."""
+    path = run / CURVE
+    if not path.exists():
+        return []
+    kinds = {field.name: int if field.type == "int" else float for field in fields(CurvePoint)}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [CurvePoint(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in rows]  # type: ignore[arg-type]
+
+
+def draw_run(run: Path) -> None:
+    """Draws the run's losses over its training tokens."""
+    points = read_curve(run)
+    curves = {
+        "training": [(point.tokens, point.train_loss) for point in points],
+        "held out": [(point.tokens, point.heldout_loss) for point in points],
+    }
+    picture = draw_curves(
+        curves, title=run.resolve().name, x_label="training tokens", y_label="loss, nats a token"
+    )
+    (run / PICTURE).write_text(picture, encoding="utf-8")

@@ -1,0 +1,52 @@
+"""Where a model runs and in which type, from the settings `device` and `dtype`.
+
+`auto` is the first CUDA device if torch sees one, in bfloat16 as SCONE models are trained, else the CPU in
+float32. No CUDA device has been at hand: only what is refused, and the CPU, have been run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from scone.model_store.decoder import Decoder
+from scone.server.errors import SettingError
+
+
+def model_device(setting: str) -> torch.device:
+    """The device that a setting names; raises SettingError if it is none, or not here."""
+    if setting == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"device is {setting!r}, wanted auto, cpu, cuda or cuda:N")
+    num_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= num_devices:
+        raise SettingError(
+            f"device is {setting}, but torch {torch.__version__} sees {num_devices} CUDA devices: give the"
+            " process one (driver, container runtime, CUDA_VISIBLE_DEVICES, a torch built for CUDA), or set"
+            " device cpu"
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
+
+
+def model_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The type that a setting names; `auto` is float32 on a CPU and bfloat16 elsewhere."""
+    if setting == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, setting)
+    return dtype
+
+
+def placed(decoder: Decoder, device: torch.device) -> Decoder:
+    """The decoder with its weights on `device`; raises SettingError if they do not fit there."""
+    try:
+        return decoder.to(device)
+    except torch.OutOfMemoryError:
+        num_bytes = sum(p.nbytes for p in {id(p): p for p in decoder.parameters()}.values())
+        raise SettingError(
+            f"the model's {num_bytes / 2**30:.1f} GiB of weights do not fit on {device}: choose another"
+            " device, a smaller model, or dtype bfloat16"
+        ) from None

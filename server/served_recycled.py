@@ -1,0 +1,78 @@
+"""The store of recycled states that the server answers with, as operators see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycled_stats import KINDS, TIERS, Kind
+from scone.cache.recycled_store import RecycledStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedRecycled:
+    """A store in use by an engine. Its methods read the disk: for worker threads.
+
+    Attributes:
+        path: the folder.
+        block_form: why blocks are kept in the form they are kept in.
+        bytes_per_token: of a block, by its tokens.
+        staging_bytes: host memory through which blocks go to the KV cache.
+    """
+
+    path: str
+    store: RecycledStore
+    cost: RecycleCost
+    memory: MemoryBudget
+    block_form: str
+    bytes_per_token: float
+    staging_bytes: int
+
+    def view(self) -> Mapping[str, Any]:
+        """What it holds, what it may, and what fetching and computing take."""
+        tiers = {(u.kind, u.tier): u for u in self.store.usage()}
+        stats = self.store.stats
+        return {
+            "path": self.path,
+            "block_form": self.block_form,
+            "kinds": [
+                {
+                    "kind": kind,
+                    "tiers": [
+                        {"tier": t, "entries": tiers[kind, t].num_entries, "bytes": tiers[kind, t].num_bytes}
+                        for t in TIERS
+                        if (kind, t) in tiers
+                    ],
+                    "queries": stats.queries[kind],
+                    "hits": sum(stats.hits[kind, tier] for tier in TIERS),
+                    "evictions": sum(stats.evictions[kind, tier] for tier in TIERS),
+                    "dropped": stats.writes[kind, "dropped"],
+                    "damaged": sum(n for (k, _), n in list(stats.damaged.items()) if k == kind),
+                }
+                for kind in KINDS
+            ],
+            "memory": {
+                "total_bytes": self.memory.total_bytes,
+                "used_bytes": self.memory.used_by_party(),
+                "staging_bytes": self.staging_bytes,
+            },
+            "cost": {
+                "compute_tokens_per_second": 1 / self.cost.compute_seconds(1),
+                "break_even_bytes_per_second": self.cost.break_even_bytes_per_second(self.bytes_per_token),
+                "read_bytes_per_second": {
+                    tier: speed.bytes_per_second for tier, speed in self.store.read_speeds.items()
+                },
+            },
+        }
+
+    def clear(self, kind: Kind | None) -> int:
+        """Drops all states (of a kind); returns how many."""
+        return self.store.clear(kind)
+
+    def close(self, flush_seconds: float) -> None:
+        """After the engine has ended: waits that long for what it gave, then closes."""
+        self.store.flush(flush_seconds)
+        self.store.close()

@@ -1,0 +1,355 @@
+"""Blocks restored from memory or disk, by this engine or another: the same bits, and the rest is computed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from scone.cache.recycled_store import RecycledStore
+from scone.server.engine import recycler as recycler_module
+from scone.server.engine.scheduler import Status
+
+from .conftest import DictTable, World, random_prompt
+from .recycled_world import MakeWorld, answer, counted, facts, num_cached
+from .restarts import RAM_BYTES, Restarts, SlowStore
+
+BLOCK_SIZE = 8
+
+
+def test_cold_memory_ram_disk_and_restart_give_the_same_bits(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+) -> None:
+    prompt = random_prompt(1, 100)
+    cold = facts(answer(make_world(dict_table), prompt))
+    first = make_world(dict_table, store=restarts.open())
+    for expected in (0, 96):
+        outcome = answer(first, prompt)
+        assert (facts(outcome), num_cached(outcome)) == (cold, expected)
+    for ram_bytes, hits in ((RAM_BYTES, {"disk": 12, "ram": 12}), (0, {"disk": 24, "ram": 0})):
+        store = restarts.open(ram_bytes)
+        for _ in range(2):
+            world = make_world(dict_table, store=store)
+            counting = counted(world)
+            restored = answer(world, prompt)
+            assert (facts(restored), num_cached(restored)) == (cold, 96)
+            assert (counting.num_restored, counting.num_computed) == (96, 100 - 96 + 5)
+        assert {tier: store.stats.hits["blocks", tier] for tier in hits} == hits
+        assert store.stats.writes["blocks", "stored"] == 0, "what is there already is not written again"
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 100])
+def test_at_least_one_token_is_computed(make_world: MakeWorld, restarts: Restarts, length: int) -> None:
+    prompt = random_prompt(2, length)
+    cold = answer(make_world(store=restarts.open()), prompt)
+    world = make_world(store=restarts.open())
+    counting = counted(world)
+    restored = answer(world, prompt, max_tokens=1)
+    assert restored.tokens() == cold.tokens()[:1]
+    assert counting.num_restored == num_cached(restored) == (length - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert counting.num_computed == length - counting.num_restored
+
+
+def test_memory_first_then_the_store_then_computing(make_world: MakeWorld, restarts: Restarts) -> None:
+    prompt = random_prompt(3, 100)
+    cold = facts(answer(make_world(store=restarts.open()), prompt[:64]))
+    whole = facts(answer(make_world(), prompt))
+    store = restarts.open()
+    world = make_world(store=store)
+    answer(world, prompt[:33], max_tokens=1)  # 4 blocks into memory, from the store
+    hits = store.stats.hits.total()
+    counting = counted(world)
+    assert facts(answer(world, prompt)) == whole
+    assert counting.num_restored == 64 - 32, "of the rest, those that the first prompt had in full"
+    assert store.stats.hits.total() - hits == 4
+    assert facts(answer(world, prompt[:64])) == cold
+
+
+def test_many_prompts_in_small_chunks_and_few_blocks(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+) -> None:
+    """Shared beginnings, chunks, batches, preemption while decoding or restoring: answers as if alone."""
+    shared = random_prompt(4, 40)
+    prompts = [shared[: 8 * (i % 5)] + random_prompt(50 + i, 5 + 3 * i) for i in range(12)]
+    expected = [facts(answer(make_world(dict_table), p, max_tokens=20)) for p in prompts]
+    for some in (prompts, prompts[::2]):
+        first = make_world(dict_table, store=restarts.open())
+        for prompt in some:
+            answer(first, prompt, max_tokens=3)
+    block_bytes = 3 * 2 * 2 * 16 * 4 * BLOCK_SIZE
+    for limits in (
+        {"max_num_batched_tokens": 8, "kv_cache_bytes": block_bytes * 16},
+        {"max_num_batched_tokens": 16, "max_num_seqs": 3},
+        {"kv_cache_bytes": block_bytes * 20, "max_num_seqs": 12},
+    ):
+        world = make_world(dict_table, store=restarts.open(0), **limits)
+        counting = counted(world)
+        outcomes = [world.add(p, max_tokens=20, logprobs=2) for p in prompts]
+        world.run()
+        assert [facts(o) for o in outcomes] == expected
+        assert counting.num_restored > 50
+
+
+def test_the_torch_backend_gives_the_same_up_to_rounding(make_world: MakeWorld, restarts: Restarts) -> None:
+    prompt = random_prompt(5, 90)
+    cold = answer(make_world(backend="torch"), prompt)
+    answer(make_world(backend="torch", store=restarts.open()), prompt)
+    restored = answer(make_world(backend="torch", store=restarts.open()), prompt)
+    assert num_cached(restored) == 88
+    assert restored.tokens() == cold.tokens()
+    assert restored.logprobs() == pytest.approx(cold.logprobs(), abs=1e-5)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["weights", "tokenizer", "table", "codec", "salt", "block_size", "backend", "quantization", "nothing"],
+)
+def test_whatever_changes_the_states_is_a_miss(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, change: str
+) -> None:
+    prompt = random_prompt(6, 60)
+    answer(make_world(dict_table, store=restarts.open()), prompt, salt="mine")
+    settings: dict[str, dict[str, Any]] = {
+        "block_size": {"block_size": 4},
+        "backend": {"backend": "torch"},
+        "quantization": {"quantization": "int8"},
+    }
+    store = restarts.open()
+    world = make_world(dict_table, store=store, **settings.get(change, {}))
+    core, rows = world.core, world.input_rows
+    assert rows is not None
+    if change == "weights":
+        core._model_hash = "another"
+    elif change == "tokenizer":
+        core._tokenizer.hash, before = "another", core._tokenizer.hash
+    elif change == "table":
+        rows.table_id = "another"
+    elif change == "codec":
+        rows.row_codec = "int8"
+    counting = counted(world)
+    try:
+        answer(world, prompt, salt="yours" if change == "salt" else "mine")
+    finally:
+        if change == "tokenizer":
+            core._tokenizer.hash = before
+    assert store.stats.queries["blocks"] > 0
+    assert counting.num_restored == (56 if change == "nothing" else 0)
+    assert store.stats.hits.total() == (7 if change == "nothing" else 0)
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_a_miss_and_a_counter_never_a_wrong_token(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+) -> None:
+    prompt = random_prompt(7, 100)
+    first = make_world(dict_table, store=restarts.open())
+    cold = facts(answer(first, prompt))
+    block_id = first.core.state.pool.find(block_hashes(first, prompt))[5]
+    payload = first.runner.block(block_id).numpy().tobytes()
+    assert restarts.flip_bits(payload[:512]) >= 1
+    store = restarts.open()
+    world = make_world(dict_table, store=store)
+    counting = counted(world)
+    assert facts(answer(world, prompt)) == cold
+    assert counting.num_restored == 5 * BLOCK_SIZE
+    assert store.stats.damaged["blocks", "checksum"] == 1
+    again = make_world(dict_table, store=restarts.open())
+    counting = counted(again)
+    assert facts(answer(again, prompt)) == cold
+    assert counting.num_restored == 96, "what was computed anew was kept again"
+
+
+def block_hashes(world: World, prompt: list[int]) -> list[bytes]:
+    seq = next(g.seq for run in world.runs for g in run.generations if run.request.input_ids == tuple(prompt))
+    return seq.block_hashes
+
+
+def test_values_that_are_not_finite_are_not_kept(make_world: MakeWorld, restarts: Restarts) -> None:
+    store = restarts.open()
+    world = make_world(store=store)
+    write, kept = world.runner.block, []
+    world.runner.block = lambda block_id: kept.append(block_id) or spoilt(write(block_id))  # type: ignore[method-assign,func-returns-value]
+    answer(world, random_prompt(8, 40))
+    assert len(kept) == 5
+    assert store.stats.writes["blocks", "failed"] == 5
+    assert store.stats.writes["blocks", "stored"] == 0
+
+
+def spoilt(block: torch.Tensor) -> torch.Tensor:
+    copy = block.clone()
+    copy.view(torch.float32)[1, 2, 1, 3, 4] = torch.inf
+    return copy
+
+
+def test_a_full_queue_drops_and_nothing_else(make_world: MakeWorld, restarts: Restarts) -> None:
+    store = restarts.open()
+    store._writer._max_jobs = 3  # of a queue that nobody empties meanwhile
+    release = threading.Event()
+    inner, store._writer._sink.holds = store.holds, lambda name: release.wait(60) and inner(name)  # type: ignore[method-assign]
+    world = make_world(store=store)
+    prompt = random_prompt(9, 100)
+    outcome = world.add(prompt, max_tokens=3)
+    while world.core.has_work:
+        world.step()
+    assert len(outcome.tokens()) == 3, "no step waited for the writer"
+    pool = world.core.state.pool
+    assert 0 < world.core.recycler.saver.num_held == pool.num_blocks - pool.num_free <= 4  # type: ignore[union-attr]
+    assert store.stats.writes["blocks", "dropped"] >= 8
+    release.set()
+    world.run()
+    assert pool.num_free == pool.num_blocks
+
+
+def test_of_a_small_cache_only_a_part_is_held_for_the_writer(
+    make_world: MakeWorld, restarts: Restarts
+) -> None:
+    store = restarts.open()
+    release = threading.Event()
+    inner, store._writer._sink.holds = store.holds, lambda name: release.wait(60) and inner(name)  # type: ignore[method-assign]
+    world = make_world(store=store, kv_cache_bytes=3 * 2 * 2 * 16 * 4 * BLOCK_SIZE * 16)
+    outcomes = [world.add(random_prompt(i, 100), max_tokens=3) for i in range(4)]
+    for _ in range(500):
+        world.step()
+        assert world.core.recycler.saver.num_held <= 4  # type: ignore[union-attr]
+    # At full length a sequence needs the whole cache, which is held in part: it ends when that is over.
+    release.set()
+    world.run()
+    assert all(len(o.tokens()) == 3 for o in outcomes)
+
+
+# -- nobody waits --------------------------------------------------------------------------------
+
+
+def slow_world(
+    make_world: MakeWorld, restarts: Restarts, prompt: list[int], call: str, **limits: Any
+) -> tuple[World, SlowStore]:
+    """A world whose store holds `prompt` and answers no `call` until it is released."""
+    answer(make_world(store=restarts.open()), prompt)
+    store = restarts.open(kind=SlowStore)
+    assert isinstance(store, SlowStore)
+    store.held, store.released = frozenset({call}), threading.Event()
+    return make_world(store=store, **limits), store
+
+
+@pytest.mark.parametrize("call", ["locate", "read"])
+def test_a_slow_store_delays_nobody_else(make_world: MakeWorld, restarts: Restarts, call: str) -> None:
+    prompt = random_prompt(10, 100)
+    cold = facts(answer(make_world(), prompt))
+    world, store = slow_world(make_world, restarts, prompt, call)
+    waiting = world.add(prompt, max_tokens=6, logprobs=2)
+    others = [world.add([200, 201 + i], max_tokens=20) for i in range(2)]
+    if call == "locate":  # their own look-ups are held too
+        others = []
+        store.held = frozenset()
+        other = world.add([200], max_tokens=20)  # has no full block: nothing is asked for it
+        others.append(other)
+        store.held = frozenset({call})
+    began = time.monotonic()
+    while any(not o.deltas or o.last().finish_reason is None for o in others):
+        world.step()
+        assert time.monotonic() - began < 30
+    assert not waiting.deltas
+    if call == "read":
+        (seq,) = world.core.state.running
+        assert seq.status is Status.RESTORING
+    store.released.set()
+    world.run()
+    assert facts(waiting) == cold
+
+
+@pytest.mark.parametrize("call", ["locate", "read"])
+def test_what_takes_too_long_is_computed(
+    make_world: MakeWorld, restarts: Restarts, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 0.05)
+    prompt = random_prompt(11, 100)
+    cold = facts(answer(make_world(), prompt))
+    world, store = slow_world(make_world, restarts, prompt, call)
+    counting = counted(world)
+    first, second = (world.add(prompt, max_tokens=6, logprobs=2) for _ in range(2))
+    while world.core.has_work:
+        world.step()
+    assert facts(first) == facts(second) == cold
+    assert counting.num_restored == 0
+    third = world.add(random_prompt(12, 40), max_tokens=1)  # nothing is asked for a while
+    queries = store.stats.queries.total()
+    while world.core.has_work:
+        world.step()
+    assert len(third.tokens()) == 1
+    assert store.stats.queries.total() == queries
+    store.released.set()
+    world.run()
+
+
+@pytest.mark.parametrize("num_rounds", range(14))
+def test_cancelled_at_any_moment(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, num_rounds: int
+) -> None:
+    prompt = random_prompt(13, 100)
+    cold = facts(answer(make_world(dict_table, store=restarts.open()), prompt))
+    world = make_world(dict_table, store=restarts.open(0), max_num_batched_tokens=16)
+    for _ in range(2):
+        world.add(prompt, max_tokens=6)
+    for _ in range(num_rounds):
+        world.step()
+        time.sleep(0.0005)
+    world.core.abort(world.runs[0])
+    if num_rounds % 2:
+        world.core.abort(world.runs[1])
+    world.run()
+    assert facts(answer(world, prompt)) == cold
+
+
+def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) -> None:
+    prompt = random_prompt(14, 100)
+    cold = facts(answer(make_world(), prompt))
+    block_bytes = 3 * 2 * 2 * 16 * 4 * BLOCK_SIZE
+    world, store = slow_world(make_world, restarts, prompt, "read", kv_cache_bytes=block_bytes * 17)
+    old = world.add([200, 201], max_tokens=60)
+    while not old.deltas:
+        world.step()
+    young = world.add(prompt, max_tokens=6, logprobs=2)
+    (generation,) = world.runs[-1].generations
+    while generation.seq.num_preemptions == 0:
+        world.step()
+    store.released.set()
+    world.run()
+    assert facts(young) == cold
+    assert len(old.tokens()) == 60
+
+
+# -- what is kept --------------------------------------------------------------------------------
+
+
+def test_an_answers_blocks_are_kept_once_a_prompt_begins_with_them(
+    make_world: MakeWorld, restarts: Restarts
+) -> None:
+    store = restarts.open()
+    world = make_world(store=store)
+    prompt = random_prompt(15, 16)
+    first = answer(world, prompt, max_tokens=40)
+    assert kept(store) == 2
+    conversation = prompt + first.tokens()[:-1] + [7]
+    answer(world, conversation, max_tokens=1)
+    assert kept(store) == len(conversation) // BLOCK_SIZE
+    answer(world, conversation, max_tokens=1)
+    assert kept(store) == len(conversation) // BLOCK_SIZE
+    assert store.stats.writes["blocks", "held"] == 0, "nothing was handed over twice"
+
+
+def test_sequences_of_one_request_keep_their_prompt_once(make_world: MakeWorld, restarts: Restarts) -> None:
+    store = restarts.open()
+    answer(make_world(store=store), random_prompt(16, 33), n=3)
+    assert kept(store) == 4
+
+
+def kept(store: RecycledStore) -> int:
+    return next(u.num_entries for u in store.usage() if (u.kind, u.tier) == ("blocks", "disk"))
