@@ -2,7 +2,8 @@
 
 Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences and
 the prefill of one prompt, for each quantisation and each instruction set that the processor has. Times are
-the least and the median over rounds in which all of them take turns. `gflops` counts two operations a
+the least and the median over rounds in which all of them take turns; layers and head follow each other, so
+that neither finds its weights in the caches unless both fit. `gflops` counts two operations a
 weight of the maps used; `gbs` the bytes of their packed weights, which a step of few sequences reads once.
 The last line is one JSON object.
 
@@ -93,21 +94,22 @@ class Bench:
         }
 
 
-def seconds(call: Callable[[], Any], at_least: float) -> list[float]:
-    """Times of single calls, at least two and for that long."""
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < at_least:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
+def seconds(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Times of single calls, which take turns as in a step: at least two of each, and for ROUND_SECONDS."""
+    times: list[list[float]] = [[] for _ in calls]
+    while len(times[0]) < 2 or sum(map(sum, times)) < ROUND_SECONDS:
+        for call, taken in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - begin)
     return times
 
 
 def machine_speed(rounds: int) -> dict[str, float]:
     """Best of some rounds: float32 GFLOP/s of a product, GB/s of reading 256 MB."""
     a, many = torch.randn(1024, 1024), torch.ones(64 << 20)
-    product = min(t for _ in range(rounds) for t in seconds(lambda: a @ a, ROUND_SECONDS))
-    reading = min(t for _ in range(rounds) for t in seconds(many.sum, ROUND_SECONDS))
+    best = [min(min(taken) for taken in seconds([call])) for call in (lambda: a @ a, many.sum) * rounds]
+    product, reading = min(best[::2]), min(best[1::2])
     return {"product_gflops": 2 * 1024**3 / product / 1e9, "read_gbs": many.nbytes / reading / 1e9}
 
 
@@ -129,16 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for quantization in arguments.quantization
             for name in arguments.instruction_sets
         }
-        calls = {
-            (*key, step, piece): call
-            for step in STEPS
-            for key, bench in benches.items()
-            for piece, call in bench.pieces(step).items()
-        }
+        pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
         for _ in range(arguments.rounds):
-            for place, call in calls.items():
-                call()  # the one before left other weights in the caches
-                times.setdefault(place, []).extend(seconds(call, ROUND_SECONDS))
+            for place, calls in pieces.items():
+                for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
+                    times.setdefault((*place, piece), []).extend(taken)
     results = []
     for (quantization, name, step, piece), taken in times.items():
         bench = benches[quantization, name]

@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_config import RecycledConfig
+from scone.cache.recycled_store import RecycledStore
 from scone.model_store.fgram_set import FGramSet
 from scone.server.metrics import ServerMetrics
+from scone.server.recycled_metrics import RecycledCollector
 from scone.server.served_table import ServedTable
 from scone.server.table_metrics import TableCollector
 
@@ -115,7 +119,9 @@ def test_every_metric_named_is_exported(zipf_fgrams: FGramSet, write_table: Any,
     metrics = ServerMetrics()
     served = ServedTable(write_table(tmp_path / "table", zipf_fgrams))
     metrics.registry.register(TableCollector(served))
-    page = metrics.exposition()[0].decode()
+    with RecycledStore.open(None, RecycledConfig(), MemoryBudget(0)) as store:
+        metrics.registry.register(RecycledCollector(store))
+        page = metrics.exposition()[0].decode()
     served.close()
     exported = set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
     exported |= {name + end for name in exported for end in ("_bucket", "_sum", "_count")}

@@ -31,6 +31,7 @@ from scone.server.errors import SettingError
 from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
 from scone.server.plan_benchmark import benchmark_plan
+from scone.server.recycled_benchmark import RecycledBenchmark
 from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
 
@@ -43,6 +44,7 @@ def run(settings: Resolved) -> int:
         "plan": _plan,
         "prefill": _prefill,
         "decode": _decode,
+        "recycled": _recycled,
     }
     print(json.dumps(measure[settings.what](settings)))
     return 0
@@ -135,6 +137,20 @@ def _decode(settings: Resolved) -> dict[str, Any]:
     return result
 
 
+def _recycled(settings: Resolved) -> dict[str, Any]:
+    if settings.model is None:
+        raise SettingError("model is not given: wanted the model whose states are recycled")
+    result: dict[str, Any] = _machine("recycled") | {"repeats": settings.repeats}
+    with _work_folder(settings) as work:
+        benchmark = RecycledBenchmark(settings.model, work)
+        result["first_token"] = benchmark.first_token(settings.repeats)
+        result["identity"] = [
+            benchmark.identity(settings.prompts, "native"),
+            benchmark.identity(max(2, settings.prompts // 10), "torch"),
+        ]
+    return result
+
+
 @contextmanager
 def _workload(settings: Resolved) -> Iterator[Workload]:
     with _work_folder(settings) as work:
@@ -178,7 +194,7 @@ COMMAND = Command(
             name="what",
             positional=True,
             required=True,
-            choices=("lookup", "continuations", "count", "codec", "plan", "prefill", "decode"),
+            choices=("lookup", "continuations", "count", "codec", "plan", "prefill", "decode", "recycled"),
             help="what to measure; prefill and decode: the whole engine at a GPU's pace, table warm and cold",
         ),
         Setting(name="rows", kind=int, default=1_000_000, help="f-grams of the table, at most"),
@@ -200,12 +216,19 @@ COMMAND = Command(
         Setting(name="steps", kind=int, default=200, help="decode steps of a simulated run"),
         Setting(
             name="model",
-            help="prefill, decode: a model to measure too, with its table and without; codec: the table's",
+            help="prefill, decode: a model to measure too, with its table and without; codec: the table's;"
+            " recycled: the model",
         ),
         Setting(name="table", help="the table of that model; codec: a raw one"),
         Setting(name="text", kind=Path, help="a text file to prompt that model with; codec: a corpus file"),
         Setting(
             name="max_tokens", kind=int, default=6144, help="codec: tokens of it to compare predictions on"
+        ),
+        Setting(
+            name="prompts",
+            kind=int,
+            default=200,
+            help="recycled: prompts whose answers are compared cold and restored",
         ),
         Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(

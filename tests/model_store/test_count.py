@@ -176,7 +176,7 @@ def test_an_ended_count_goes_on(
 def test_what_another_count_left_is_not_used(zipf_corpus: TokenCorpus, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(count, "_ranked", None)
+        patch.setattr(count, "rank_levels", None)
         with pytest.raises(TypeError):
             count_fgrams(zipf_corpus, memory_bytes=1, work=work, **SETTINGS)
     assert (work / "level-4.npz").exists()

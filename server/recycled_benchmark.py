@@ -1,0 +1,240 @@
+"""Measures what recycled states bring a real model: time to first token, and whether answers stay the same.
+
+Every engine is a fresh one on the same folder, as after a restart, so that nothing is in its memory; files
+are dropped from the page cache where the disk is to be measured.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from scone.cache.memory_budget import MemoryBudget
+from scone.cache.recycled_config import RecycledConfig
+from scone.cache.recycled_store import RecycledStore
+from scone.model_store.checkpoint import open_checkpoint
+from scone.server.engine.engine import Engine
+from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.observer import SilentObserver, StepStats
+from scone.server.sequence import Delta, GenerationRequest, SamplingParams
+
+PREFIX_TOKENS = 1500
+NUM_TOKENS = 8
+"""Of each answer that is compared."""
+
+_CONFIG = RecycledConfig(disk_bytes=8 << 30)
+_LENGTHS = (5, 30, 70, 150, 300, 700)
+
+Answer = list[tuple[tuple[int, ...], list[float]]]
+
+
+class _Computed(SilentObserver):
+    """Counts tokens that go through the model."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def on_step(self, stats: StepStats) -> None:
+        self.num_tokens += stats.num_prefill_tokens + stats.num_decode_tokens
+
+
+class RecycledBenchmark:
+    """One model and a folder for its states."""
+
+    def __init__(self, model: str, work: Path) -> None:
+        """Raises SconeError."""
+        self._checkpoint = open_checkpoint(model)
+        self._tokenizer = self._checkpoint.tokenizer()
+        self._folder = work / "recycled"
+
+    def first_token(self, repeats: int) -> dict[str, Any]:
+        """Seconds to the first token of a prompt with a known prefix, by where the prefix is; medians."""
+        seconds: dict[str, list[float]] = {}
+        num_computed: dict[str, set[int]] = {}
+
+        def note(name: str, run: tuple[float, int]) -> None:
+            seconds.setdefault(name, []).append(run[0])
+            num_computed.setdefault(name, set()).add(run[1])
+
+        for repeat in range(repeats):
+            prompt = self._prompt(repeat, PREFIX_TOKENS + 1)
+            with self._engine(ram_bytes=0) as (engine, store, computed):
+                note("computed", _first_token(engine, computed, prompt))
+                note("memory", _first_token(engine, computed, prompt))
+                store.flush(60)
+            for name in ("disk", "page_cache"):
+                with self._engine(ram_bytes=0) as (engine, _, computed):
+                    if name == "disk":
+                        self._drop_page_cache()
+                    note(name, _first_token(engine, computed, prompt))
+        return self._first_token_result(seconds, num_computed)
+
+    def identity(self, num_prompts: int, backend: Literal["native", "torch"]) -> dict[str, Any]:
+        """Whether answers and log-probabilities are the same cold, in memory and restored, in other batches.
+
+        The prompts of all lengths share beginnings; each is answered in one batch and chunking where its
+        state is computed, and in another where it is restored.
+        """
+        prompts = [self._prompt(i // 3, _LENGTHS[i % len(_LENGTHS)], seed=i) for i in range(num_prompts)]
+        wide, narrow = (512, 16), (96, 5)
+        with self._engine(0, limits=narrow, backend=backend, recycles=False) as (engine, _, _):
+            cold = _answers(engine, prompts)
+        with self._engine(0, limits=wide, backend=backend) as (engine, store, computed):
+            filled = _answers(engine, prompts)
+            store.flush(60)
+            num_cold = computed.num_tokens
+            warm = _answers(engine, prompts)
+        self._drop_page_cache()
+        with self._engine(0, limits=narrow, backend=backend) as (engine, _, computed):
+            restored = _answers(engine, prompts)
+            num_restored = computed.num_tokens
+        return {
+            "prompts": num_prompts,
+            "backend": backend,
+            "tokens_computed": {"first": num_cold, "restored": num_restored},
+            **{
+                name: _difference(cold, other)
+                for name, other in (("first", filled), ("memory", warm), ("restarted", restored))
+            },
+        }
+
+    @contextmanager
+    def _engine(
+        self,
+        ram_bytes: int,
+        *,
+        limits: tuple[int, int] = (512, 32),
+        backend: Literal["native", "torch"] = "native",
+        recycles: bool = True,
+    ) -> Iterator[tuple[Engine, RecycledStore, _Computed]]:
+        """`limits`: tokens and sequences of a step."""
+        computed = _Computed()
+        config = EngineConfig(
+            max_model_len=2048,
+            backend=backend,
+            deterministic=backend == "native",
+            enable_prefix_caching=recycles,
+            max_num_batched_tokens=limits[0],
+            max_num_seqs=limits[1],
+        )
+        with RecycledStore.open(self._folder, _CONFIG, MemoryBudget(ram_bytes)) as store:
+            engine = Engine(
+                config,
+                self._checkpoint.decoder(),
+                self._tokenizer,
+                None,
+                self._checkpoint.model_hash,
+                observer=computed,
+                recycled=store if recycles else None,
+            )
+            engine.start()
+            try:
+                _answers(engine, [self._prompt(9999, 40)])  # touches memory for the first time
+                yield engine, store, computed
+            finally:
+                engine.shutdown(timeout_seconds=10)
+
+    def _prompt(self, number: int, length: int, seed: int = 0) -> list[int]:
+        """Made-up token ids: a third of a prompt is its number's, the rest its own."""
+        shared = np.random.default_rng(number).integers(100, 40_000, length)
+        own = np.random.default_rng((number, seed)).integers(100, 40_000, length)
+        num_shared = length if not seed else length // 3
+        return [*shared[:num_shared].tolist(), *own[num_shared:].tolist()]
+
+    def _drop_page_cache(self) -> None:
+        for path in self._folder.iterdir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+    def _first_token_result(
+        self, seconds: dict[str, list[float]], num_computed: dict[str, set[int]]
+    ) -> dict[str, Any]:
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        num_restored = PREFIX_TOKENS // 16 * 16
+        state_bytes = num_restored * self._checkpoint.config.kv_bytes_per_token
+        return {
+            "prompt_tokens": PREFIX_TOKENS + 1,
+            "state_bytes": state_bytes,
+            "seconds_to_first_token": {name: round(value, 4) for name, value in medians.items()},
+            "all_seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
+            "tokens_computed": {name: sorted(numbers) for name, numbers in num_computed.items()},
+            "times_faster_than_computing": {
+                name: round(medians["computed"] / value, 1) for name, value in medians.items()
+            },
+            "break_even_bytes_per_second": round(state_bytes / medians["computed"]),
+        }
+
+
+class _Waiter:
+    """Follows one request to its end."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.first_at = 0.0
+        self._done = threading.Event()
+
+    def __call__(self, delta: Delta) -> None:
+        if not self.deltas:
+            self.first_at = time.perf_counter()
+        self.deltas.append(delta)
+        if delta.finish_reason is not None:
+            self._done.set()
+
+    def wait(self) -> None:
+        if not self._done.wait(600):
+            raise TimeoutError("a request did not end within 600 s")
+        assert self.deltas[-1].error is None, self.deltas[-1].error
+
+
+def _first_token(engine: Engine, computed: _Computed, prompt: Sequence[int]) -> tuple[float, int]:
+    """Seconds until it came, and tokens that were computed for it."""
+    waiter, before = _Waiter(), computed.num_tokens
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    began = time.perf_counter()
+    engine.submit(GenerationRequest(request_id="first", input_ids=tuple(prompt), sampling=sampling), waiter)
+    waiter.wait()
+    while engine.stats().has_work:  # the step's report comes after its deltas
+        time.sleep(0.001)
+    return waiter.first_at - began, computed.num_tokens - before
+
+
+def _answers(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    """Tokens and log-probabilities of all prompts, asked at once."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
+    waiters = [_Waiter() for _ in prompts]
+    for i, (prompt, waiter) in enumerate(zip(prompts, waiters, strict=True)):
+        request = GenerationRequest(request_id=str(i), input_ids=tuple(prompt), sampling=sampling)
+        engine.submit(request, waiter)
+    for waiter in waiters:
+        waiter.wait()
+    while engine.stats().has_work:
+        time.sleep(0.001)
+    return [
+        [(d.token_ids, [p.logprob for p in d.logprobs or ()]) for d in waiter.deltas] for waiter in waiters
+    ]
+
+
+def _difference(cold: Sequence[Answer], other: Sequence[Answer]) -> dict[str, Any]:
+    """How many answers differ in a bit, how many in a token, and the largest difference where none does."""
+    num_other_tokens, largest = 0, 0.0
+    for a, b in zip(cold, other, strict=True):
+        if [tokens for tokens, _ in a] != [tokens for tokens, _ in b]:
+            num_other_tokens += 1
+            continue
+        pairs = zip((p for _, ps in a for p in ps), (p for _, ps in b for p in ps), strict=True)
+        largest = max(largest, *(abs(x - y) for x, y in pairs))
+    return {
+        "answers_that_differ": sum(a != b for a, b in zip(cold, other, strict=True)),
+        "with_other_tokens": num_other_tokens,
+        "largest_logprob_difference": largest,
+    }
