@@ -50,13 +50,14 @@ class Found:
     Attributes:
         result: its whole answer.
         states: (num_tokens, dim) after `layer` layers.
-        tiers: where each of the prefix's next blocks lies.
+        tiers: where each of the prefix's next blocks lies, from number `num_cached` on.
     """
 
     result: Result | None = None
     states: Tensor | None = None
     layer: int = 0
     tiers: Sequence[StateTier] = ()
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,15 @@ class _Question:
 
     Attributes:
         layers: states after any of these would do, the first that is held.
-        block_names: the prefix's blocks that are not in memory.
+        num_cached: blocks of the prefix that are in memory.
+        block_names: those that follow.
     """
 
     root: bytes
     token_ids: tuple[int, ...]
     result_name: bytes | None
     layers: range
+    num_cached: int
     block_names: Sequence[bytes]
 
 
@@ -162,6 +165,7 @@ class Recycler:
         """None: nothing that is stored could help."""
         run, seq = generation.run, generation.seq
         names: Sequence[bytes] = ()
+        num_cached = 0
         if seq.reuse_prefix and seq.root_hash:
             num_cached = len(scheduler.cached_blocks(self._state, seq))
             names = seq.block_hashes[num_cached : (len(seq.token_ids) - 1) // self._state.pool.block_size]
@@ -171,6 +175,7 @@ class Recycler:
             token_ids=run.request.input_ids,
             result_name=None if has_begun else result_name(run.request, run.root),
             layers=range(0) if has_begun else self._useful_layers(generation),
+            num_cached=num_cached,
             block_names=names,
         )
         return question if question.result_name or question.layers or names else None
@@ -206,7 +211,8 @@ class Recycler:
                 if payload is not None:
                     states = unpack_states(payload, len(token_ids), self._memory.dtype)
                     return Found(states=states, layer=layer)
-        return Found(tiers=store.locate("blocks", question.block_names) if question.block_names else ())
+        tiers = store.locate("blocks", question.block_names) if question.block_names else ()
+        return Found(tiers=tiers, num_cached=question.num_cached)
 
     def _found(self, generation: Generation, found: Found) -> None:
         if self._asked.pop(generation, None) is None:  # ended meanwhile, or given up
@@ -216,7 +222,8 @@ class Recycler:
         if found.tiers:
             block_size = self._state.pool.block_size
             num_fetched = self._cost.num_to_fetch(found.tiers, self._memory.block_bytes, block_size)
-            seq.num_stored_blocks = len(scheduler.cached_blocks(self._state, seq)) + num_fetched
+            # Counted from where the question began: the cache may hold more of the prefix by now, or less.
+            seq.num_stored_blocks = found.num_cached + num_fetched
         self._on_found(generation, found)
 
     def _restored(self, seq: scheduler.Sequence, num_blocks: int, seconds: float, in_time: bool) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_store import RecycledStore
+
+from .process import Process
 
 PROMPT = list(range(10, 150))
 
@@ -95,8 +98,8 @@ def test_embeddings_of_a_second_head_use_the_first_ones_layers(serve_real: Any, 
             assert store.flush(30)
             assert vector(server, layer=layer, pooling="last") == cold[layer - 1]
             assert server.metric("scone_recycled_hits_total", kind="layer_k") == layer - 1
+        assert store.flush(30)  # first: a step is counted after its answer has gone out
         before = num_computed(server)
-        assert store.flush(30)
         assert vector(server, layer=3, pooling="last") == cold[2]
         assert num_computed(server) == before
 
@@ -125,3 +128,29 @@ def test_without_a_store(server: Any) -> None:
     assert server.client.get("/admin/recycled").json()["path"] is None
     response = server.client.delete("/admin/recycled")
     assert (response.status_code, response.json()["error"]["code"]) == (400, "no_store")
+
+
+@pytest.mark.heavy
+def test_a_new_process_restores_what_the_former_kept(smollm2_path: Path, tmp_path: Path) -> None:
+    """Two servers, one after the other, on one folder: the same answer, its prefix from the disk."""
+    text = "The standard library of Python is documented in the reference. " * 20
+    body = {"prompt": text, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    answers = []
+    for _ in range(2):
+        process = Process(
+            *("--model", str(smollm2_path), "--recycled", str(tmp_path / "store")),
+            *("--deterministic", "true", "--ram-bytes", "64MiB"),
+        )
+        try:
+            process.wait_for("ready after")
+            assert "as keys and values" in process.log
+            answers.append(httpx.post(f"{process.url}/v1/completions", json=body, timeout=120).json())
+            process.child.terminate()
+            assert process.exit_code() == 0
+        finally:
+            process.close()
+    cold, restored = answers
+    assert answer_without_usage(restored) == answer_without_usage(cold)
+    assert cached_tokens(cold) == 0
+    num_prompt = restored["usage"]["prompt_tokens"]
+    assert cached_tokens(restored) == (num_prompt - 1) // 16 * 16

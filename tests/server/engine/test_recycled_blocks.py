@@ -68,6 +68,29 @@ def test_memory_first_then_the_store_then_computing(make_world: MakeWorld, resta
     assert facts(answer(world, prompt[:64])) == cold
 
 
+def test_blocks_that_were_computed_while_the_store_was_asked(
+    make_world: MakeWorld, restarts: Restarts
+) -> None:
+    """What the store has is counted from what was in memory when it was asked, not when it answered."""
+    prompt = random_prompt(8, 100)
+    whole = facts(answer(make_world(store=restarts.open()), prompt))
+    store = restarts.open(0, SlowStore)
+    assert isinstance(store, SlowStore)
+    store.held, store.released = frozenset({"locate"}), threading.Event()
+    world = make_world(store=store)
+    counting = counted(world)
+    asking = world.add(prompt, max_tokens=6, logprobs=2)
+    assert world.core.recycler is not None
+    world.core.recycler._paused_until = float("inf")  # the next one asks nothing
+    other = world.add(prompt[:64], max_tokens=1)
+    while not other.deltas:
+        world.step()
+    store.released.set()
+    world.run()
+    assert facts(asking) == whole
+    assert (num_cached(asking), counting.num_restored) == (96, 96 - 64)
+
+
 def test_many_prompts_in_small_chunks_and_few_blocks(
     make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
 ) -> None:
@@ -240,7 +263,10 @@ def slow_world(
 
 
 @pytest.mark.parametrize("call", ["locate", "read"])
-def test_a_slow_store_delays_nobody_else(make_world: MakeWorld, restarts: Restarts, call: str) -> None:
+def test_a_slow_store_delays_nobody_else(
+    make_world: MakeWorld, restarts: Restarts, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 60.0)  # also where steps are slow
     prompt = random_prompt(10, 100)
     cold = facts(answer(make_world(), prompt))
     world, store = slow_world(make_world, restarts, prompt, call)
