@@ -110,6 +110,8 @@ def description_of(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tied_head,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
         "eos_token_id": list(config.eos_ids),
     }
     if config.byte_positions is not None:

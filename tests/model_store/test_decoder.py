@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.errors import CheckpointError
+from scone.model_store.hf_folder import save_hf_folder
+from scone.model_store.tokenizer import Tokenizer
 
 SMALL = {
     "vocab_size": 120,
@@ -78,6 +81,25 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = reference(input_ids).logits
         assert torch.allclose(logits_of(decoder, input_ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_what_is_saved(shape: str, tmp_path: Path) -> None:
+    reference = make_folder(tmp_path / "theirs", *SHAPES[shape])
+    checkpoint = open_checkpoint(tmp_path / "theirs")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    tokenizer = Tokenizer(backend, bos_id=1, eos_ids=(2,), chat_template="{{ messages }}")
+    save_hf_folder(tmp_path / "ours", checkpoint.decoder(), tokenizer)
+    again = open_checkpoint(tmp_path / "ours")
+    assert again.config == checkpoint.config
+    assert again.tokenizer().bos_id == 1
+    assert again.tokenizer().chat_template == "{{ messages }}"
+    input_ids = torch.randint(0, 120, (1, 80), generator=torch.Generator().manual_seed(3))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    with torch.inference_mode():
+        expected = reference(input_ids).logits
+        assert torch.allclose(theirs(input_ids).logits, expected, atol=1e-5, rtol=0)
+        assert torch.allclose(logits_of(again.decoder(), input_ids), expected, atol=1e-4, rtol=0)
 
 
 def test_sharded_weights_load(tmp_path: Path) -> None:

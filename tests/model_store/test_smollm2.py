@@ -7,11 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from scone.model_store.checkpoint import Checkpoint, open_checkpoint
 from scone.model_store.decoder import CausalAttention, Decoder
+from scone.model_store.perplexity import measure_perplexity
+from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenizer import Tokenizer
 
 PROMPTS = [
@@ -85,6 +89,22 @@ def test_logits_equal_transformers(decoder: Decoder, tokenizer: Tokenizer, refer
         with torch.inference_mode():
             expected = reference(torch.tensor([ids])).logits[0]
         assert torch.allclose(logits_of(decoder, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_perplexity_equals_transformers(decoder: Decoder, tokenizer: Tokenizer, reference: Any) -> None:
+    stream = TokenStream(np.array(tokenizer.encode(Path(random.__file__).read_text()), np.int32))
+
+    def embed(input_ids: NDArray[np.int32]) -> torch.Tensor:
+        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
+
+    (measured,) = measure_perplexity(decoder, stream, [embed], seq_len=192, max_tokens=768)
+    windows = torch.from_numpy(stream.spread_windows(192, 768).astype(np.int64))
+    with torch.inference_mode():
+        logits = reference(windows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert measured.num_tokens == windows[:, 1:].numel()
+    assert measured.value == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert measured.value == pytest.approx(float(loss.exp()), abs=1e-3)
 
 
 def test_states_within_equal_transformers(decoder: Decoder, tokenizer: Tokenizer, reference: Any) -> None:
