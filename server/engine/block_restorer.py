@@ -33,7 +33,8 @@ MOST_SLOTS = 64
 NUM_WORKERS = 2
 
 LAID_BESIDE_OTHERS = 8
-"""Blocks laid between two steps while other sequences run: they are delayed by about a millisecond."""
+LAYING_SHARE = 0.05
+"""What others may be delayed by: so many blocks (less than a millisecond), or this share of their step."""
 
 Post = Callable[[Callable[[], None]], None]
 """Has something run on the engine's thread, soon; may be called from any thread."""
@@ -47,7 +48,7 @@ class _Restore:
         num_wanted: blocks to fetch; cut back to those before the first one that cannot be had.
         num_asked: reads issued.
         laid: which are in the KV cache, counted from `first`.
-        deadline: when it is given up, `time.monotonic()`.
+        patience: it is given up when the store has delivered nothing, to anybody, for so many seconds.
         is_over: what still arrives is thrown away.
     """
 
@@ -55,7 +56,7 @@ class _Restore:
     first: int
     num_wanted: int
     began: float
-    deadline: float
+    patience: float
     num_asked: int = 0
     laid: set[int] = field(default_factory=set)
     is_over: bool = False
@@ -86,6 +87,7 @@ class BlockRestorer:
         self._restores: dict[scheduler.Sequence, _Restore] = {}
         self._arrived: deque[tuple[_Restore, int, Slot]] = deque()
         self._num_reading = 0
+        self._delivered_at = 0.0
 
     def close(self) -> None:
         """Waits for reads under way; nothing may be asked for afterwards."""
@@ -100,7 +102,7 @@ class BlockRestorer:
         """Fetches the blocks that a restoring sequence waits for."""
         now = time.monotonic()
         first = seq.num_computed_tokens // self._state.pool.block_size
-        self._restores[seq] = _Restore(seq, first, len(seq.block_ids) - first, now, now + patience_seconds)
+        self._restores[seq] = _Restore(seq, first, len(seq.block_ids) - first, now, patience_seconds)
         self._ask()
 
     def cancel(self, seq: scheduler.Sequence) -> None:
@@ -109,18 +111,27 @@ class BlockRestorer:
         if restore is not None:
             restore.is_over = True
 
-    def poll(self) -> None:
-        """Lays what has arrived, ends what is complete or overdue, asks for what there is room for."""
+    def poll(self, step_seconds: float) -> None:
+        """Lays what has arrived, ends what is complete or overdue, asks for what there is room for.
+
+        Args:
+            step_seconds: what a step of the sequences that run takes.
+        """
         if not self._restores and not self._arrived:
             return
         some_run = len(self._state.running) > len(self._restores)
-        for _ in range(min(len(self._arrived), LAID_BESIDE_OTHERS if some_run else len(self._arrived))):
+        began, num_laid = time.monotonic(), 0
+        while self._arrived:
+            is_late = time.monotonic() - began > LAYING_SHARE * step_seconds
+            if some_run and is_late and num_laid >= LAID_BESIDE_OTHERS:
+                break
             self._lay(*self._arrived.popleft())
+            num_laid += 1
         now = time.monotonic()
         for restore in list(self._restores.values()):
             num_laid = restore.num_laid()
             in_time = num_laid == restore.num_wanted
-            if in_time or now > restore.deadline:
+            if in_time or now - max(restore.began, self._delivered_at) > restore.patience:
                 self.cancel(restore.seq)
                 scheduler.end_restoring(self._state, restore.seq, num_laid)
                 self._on_restored(restore.seq, num_laid, now - restore.began, in_time)
@@ -160,6 +171,7 @@ class BlockRestorer:
 
     def _arrive(self, restore: _Restore, index: int, slot: Slot, is_there: bool) -> None:
         self._num_reading -= 1
+        self._delivered_at = time.monotonic()
         if not is_there:
             restore.num_wanted = min(restore.num_wanted, index)
         if is_there and index < restore.num_wanted and not restore.is_over:

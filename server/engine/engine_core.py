@@ -136,7 +136,7 @@ class EngineCore:
         """Advances whatever can be; false if nothing could, for want of requests or of rows."""
         began = time.monotonic()
         if self.recycler is not None:
-            self.recycler.poll()
+            self.recycler.poll(self._step_seconds)
         self._stage_waiting()
         self._row_waits.poll()
         self._row_waits.wait(len(self.state.running), self._step_seconds)

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_UP_PATIENCE_SECONDS = 1.0
 RESTORE_PATIENCE = 2.0
-"""A restore may take so many times what computing the same would, and LOOK_UP_PATIENCE_SECONDS more."""
+"""A store that delivers nothing for so many times what computing the same would take, and
+LOOK_UP_PATIENCE_SECONDS more, is given up."""
 
 PAUSE_SECONDS = 10.0
 """How long nothing is asked of a store that did not answer in time."""
@@ -152,9 +153,9 @@ class Recycler:
         self._asked.pop(generation, None)
         self.restorer.cancel(generation.seq)
 
-    def poll(self) -> None:
-        """To be called between steps: takes over what has come."""
-        self.restorer.poll()
+    def poll(self, step_seconds: float) -> None:
+        """To be called between steps, which take so long: takes over what has come."""
+        self.restorer.poll(step_seconds)
         now = time.monotonic()
         for generation, deadline in list(self._asked.items()):
             if now > deadline:
