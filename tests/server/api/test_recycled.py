@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ def cached_tokens(answer: dict[str, Any]) -> int:
 
 
 def num_computed(server: Any) -> float:
-    computed: float = server.metric("scone_iteration_tokens_total_sum")
+    """Tokens of all steps so far, not none: a step is counted after its answers have gone out."""
+    before, computed = -1.0, 0.0
+    while computed == 0 or computed != before:
+        time.sleep(0.1)
+        before, computed = computed, server.metric("scone_iteration_tokens_total_sum")
     return computed
 
 
@@ -98,7 +103,7 @@ def test_embeddings_of_a_second_head_use_the_first_ones_layers(serve_real: Any, 
             assert store.flush(30)
             assert vector(server, layer=layer, pooling="last") == cold[layer - 1]
             assert server.metric("scone_recycled_hits_total", kind="layer_k") == layer - 1
-        assert store.flush(30)  # first: a step is counted after its answer has gone out
+        assert store.flush(30)
         before = num_computed(server)
         assert vector(server, layer=3, pooling="last") == cold[2]
         assert num_computed(server) == before
