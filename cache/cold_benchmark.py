@@ -142,7 +142,7 @@ def _our_ways(path: Path, hits: list[I64]) -> dict[str, ColdWay]:
         """As in a server that has read a prompt before: its buffers are there."""
         table = FGramTable.open(path, TableConfig(disk_reader=reader))
         if reader == "direct":
-            table.read_into(np.arange(len(out)), out)
+            table.read_into(np.linspace(0, table.num_fgrams - 1, len(out)).astype(np.int64), out)
         return table
 
     def read(table: FGramTable, i: int) -> None:
