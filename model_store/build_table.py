@@ -46,9 +46,12 @@ def build_table(
     codec: str = "raw",
     dtype: str = "bfloat16",
     engine: str = "local",
+    device: torch.device | None = None,
     progress: bool = True,
 ) -> BuildReport:
     """Writes the table of `fgrams` to the new folder `out`; with engine `ray` the rows come from a cluster.
+
+    They are computed on `device`, by default the CPU; devices differ in a row's last bits.
 
     Raises:
         CheckpointError: the checkpoint has no f-gram model.
@@ -56,7 +59,7 @@ def build_table(
         TableError: as TableWriter.create.
     """
     begun = time.monotonic()
-    decoder = checkpoint.decoder()
+    decoder = checkpoint.decoder().to(device or "cpu")
     model = checkpoint.fgram_model(decoder)
     if model is None:
         raise CheckpointError(

@@ -6,6 +6,8 @@ f-gram that ends there, embedded by the f-gram model, replaces the token embeddi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,8 +15,39 @@ from torch import Tensor
 
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_model import FGramModel
-from scone.model_store.fgram_set import FGramSet
+from scone.model_store.fgram_set import MIN_N, FGramSet
 from scone.model_store.set_matcher import SetMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedBatch:
+    """A batch and the f-grams in it, each distinct one once.
+
+    Attributes:
+        input_ids: (batch, seq) int64.
+        fgrams: token ids (m, n) int64, one tensor for each length that occurs.
+        places: (num_matched,) int64, indices into the flattened batch.
+        rows: (num_matched,) int64, which of all `fgrams`, one tensor after the other, ends there.
+    """
+
+    input_ids: Tensor
+    fgrams: tuple[Tensor, ...]
+    places: Tensor
+    rows: Tensor
+
+    @property
+    def match_rate(self) -> float:
+        """The share of positions where an f-gram ends."""
+        return len(self.places) / self.input_ids.numel()
+
+    def to(self, device: torch.device) -> MatchedBatch:
+        """On `device`; to a GPU through pinned memory, so that nobody waits for the copies."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+        fgrams = tuple(moved(part) for part in self.fgrams)
+        return MatchedBatch(moved(self.input_ids), fgrams, moved(self.places), moved(self.rows))
 
 
 class FGramInputs:
@@ -22,21 +55,34 @@ class FGramInputs:
 
     def __init__(self, fgrams: FGramSet, model: FGramModel) -> None:
         self._model = model
-        self._tokens = torch.from_numpy(fgrams.tokens.astype(np.int64))
-        self._lengths = torch.from_numpy(fgrams.lengths.astype(np.int64))
+        self._fgrams = fgrams
         self._matcher = SetMatcher(fgrams)
 
-    def embed(self, decoder: Decoder, input_ids: NDArray[np.integer]) -> tuple[Tensor, float]:
-        """Embeddings (batch, seq, dim) of input_ids (batch, seq), and the share of positions matched.
+    def match(self, input_ids: NDArray[np.integer]) -> MatchedBatch:
+        """The f-grams of sequences (batch, seq) that know nothing of each other, on the CPU."""
+        row_ids = self._matcher.match_all(input_ids).reshape(-1)
+        places = np.flatnonzero(row_ids >= 0)
+        distinct, inverse = np.unique(row_ids[places], return_inverse=True)
+        lengths = self._fgrams.lengths[distinct]
+        by_length = np.argsort(lengths, kind="stable")
+        rank_of = np.empty_like(by_length)
+        rank_of[by_length] = np.arange(len(by_length))
+        tokens = self._fgrams.tokens[distinct].astype(np.int64)
+        parts = [
+            tokens[lengths == n, :n] for n in range(MIN_N, self._fgrams.max_n + 1) if np.any(lengths == n)
+        ]
+        return MatchedBatch(
+            torch.from_numpy(input_ids.astype(np.int64)),
+            tuple(torch.from_numpy(part) for part in parts),
+            torch.from_numpy(places),
+            torch.from_numpy(rank_of[inverse]),
+        )
 
-        Differentiable in the f-gram model's weights. Each distinct f-gram is embedded once.
-        """
-        row_ids = torch.from_numpy(self._matcher.match_all(input_ids)).flatten()
-        matched = (row_ids >= 0).nonzero().squeeze(1)
-        embeddings = decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
-        if not len(matched):
-            return embeddings, 0.0
-        distinct, inverse = torch.unique(row_ids[matched], return_inverse=True)
-        rows = self._model(self._tokens[distinct], self._lengths[distinct])[inverse]
-        flat = embeddings.flatten(0, 1).index_copy(0, matched, rows.to(embeddings.dtype))
-        return flat.view_as(embeddings), len(matched) / len(row_ids)
+    def embed(self, decoder: Decoder, batch: MatchedBatch) -> Tensor:
+        """Embeddings (batch, seq, dim), where the decoder is; differentiable in the model's weights."""
+        embeddings = decoder.embed(batch.input_ids)
+        if not batch.fgrams:
+            return embeddings
+        rows = torch.cat([self._model(part) for part in batch.fgrams])[batch.rows]
+        flat = embeddings.flatten(0, 1).index_copy(0, batch.places, rows.to(embeddings.dtype))
+        return flat.view_as(embeddings)

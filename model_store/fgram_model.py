@@ -57,39 +57,36 @@ class FGramModel(nn.Module):
     def decoder(self) -> Decoder:
         return self._decoder[0]
 
-    def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Rows (num_fgrams, dim) float32 of token_ids (num_fgrams, max_n) int64, left-aligned.
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Rows (num_fgrams, dim) float32 of token_ids (num_fgrams, n) int64, all of one length n.
 
-        Entries past an f-gram's length (num_fgrams,) are never read. Differentiable.
+        Differentiable.
         """
         if self.last_token_only:
-            token_ids = token_ids.gather(1, (lengths - 1).unsqueeze(1))
-            lengths = torch.ones_like(lengths)
-        rows = self.decoder.embed(token_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)).float()
-        for n, of_length in self._by_length(lengths):  # so that no padding is computed
-            rows = rows.index_add(0, of_length, self._change(token_ids[of_length, :n]))
-        return rows
-
-    def _change(self, token_ids: Tensor) -> Tensor:
-        """What is added to the last token's embedding, for f-grams (m, n) of one length."""
+            token_ids = token_ids[:, -1:]
         n = token_ids.shape[1]
-        hidden = self.decoder.embed(token_ids).float() + self.position_embedding[:n]
+        embeddings = self.decoder.embed(token_ids).float()
         rope = self.decoder.rope(torch.arange(n, device=token_ids.device))
+        hidden = embeddings + self.position_embedding[:n]
         for layer_id, block in enumerate(self.layers):
             hidden = block(hidden, rope, layer_id, CausalAttention())
         change: Tensor = self.output(self.norm(hidden[:, -1]))
-        return change
+        return embeddings[:, -1] + change
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """`forward` in blocks of one shape: a row's bits depend on its f-gram alone."""
+        """Rows (num_fgrams, dim) float32, on the CPU, of token_ids (num_fgrams, max_n) int64, left-aligned.
+
+        `forward` in blocks of one shape: on one machine and device a row's bits depend on its f-gram alone.
+        Entries past an f-gram's length (num_fgrams,) are never read.
+        """
+        device = self.position_embedding.device
         rows = torch.empty(len(lengths), self.position_embedding.shape[1])
         for n, of_length in self._by_length(lengths):
-            ends = torch.full((EMBED_BLOCK_ROWS,), n)
             for selected in torch.split(of_length, EMBED_BLOCK_ROWS):
                 block = torch.zeros(EMBED_BLOCK_ROWS, n, dtype=torch.int64)
                 block[: len(selected)] = token_ids[selected, :n]
-                rows[selected] = self(block, ends)[: len(selected)]
+                rows[selected] = self(block.to(device))[: len(selected)].cpu()
         return rows
 
     def _by_length(self, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:

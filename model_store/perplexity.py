@@ -20,7 +20,7 @@ SEQ_LEN = 192
 """Tokens per window wherever no other length is asked for, so that figures compare."""
 
 Embed = Callable[[NDArray[np.int32]], Tensor]
-"""Embeddings (seq, dim) of input ids (seq,)."""
+"""Embeddings (seq, dim), where the decoder is, of input ids (seq,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def measure_perplexity(
     Each window starts without context, so figures compare only at equal `seq_len`.
     """
     windows = corpus.spread_windows(seq_len, max_tokens)
-    positions = torch.arange(seq_len)
+    positions = torch.arange(seq_len, device=decoder.device)
     totals = [0.0] * len(embeds)
     for window in tqdm(windows, desc="evaluating", unit="window", leave=False):
-        targets = torch.from_numpy(window[1:].astype(np.int64))
+        targets = torch.from_numpy(window[1:].astype(np.int64)).to(decoder.device)
         for i, embed in enumerate(embeds):
             hidden = decoder(embed(window[:-1]).unsqueeze(0), positions.unsqueeze(0), CausalAttention())
             totals[i] += float(

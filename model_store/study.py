@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 from tokenizers.models import BPE
 
 from scone.model_store.corpus import read_documents
@@ -63,6 +64,7 @@ class StudyConfig:
     batch_size: int = 16
     seq_len: int = 192
     learning_rate: float = 1.5e-3
+    precision: str = "float32"
     heldout_tokens: int = 49_152
     num_seeds: int = 3
 
@@ -115,13 +117,15 @@ def arms_of(config: StudyConfig) -> list[Arm]:
 class Study:
     """The grid over one corpus, in one folder."""
 
-    def __init__(self, config: StudyConfig, corpus: list[str], heldout: list[str], out: Path) -> None:
+    def __init__(
+        self, config: StudyConfig, corpus: list[str], heldout: list[str], out: Path, device: torch.device
+    ) -> None:
         """Trains the tokenizer, tokenises and counts, unless an earlier call did.
 
         Raises:
             CorpusError: the texts cannot be read, or are too short.
         """
-        self.config, self.out = config, out
+        self.config, self.out, self.device = config, out, device
         out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = _tokenizer(config.vocab_size, corpus, out / "tokenizer.json")
         tokens = tokenize_files(corpus, self.tokenizer, out / "corpus")
@@ -153,7 +157,7 @@ class Study:
         config = self._train_config(arm, seed)
         if _is_finished(log, config.steps):
             return True
-        decoder = new_decoder(self._shape(arm), self.tokenizer, seed)
+        decoder = new_decoder(self._shape(arm), self.tokenizer, seed).to(self.device)
         fgrams = self.fgrams.head(arm.num_fgrams) if arm.num_fgrams else None
         print(f"{log.name}: {config.steps:,} steps", flush=True)
         work = self.out / "runs" / log.name
@@ -212,6 +216,7 @@ class Study:
             learning_rate=config.learning_rate,
             output_learning_rate=config.learning_rate,
             schedule="cosine",
+            precision=config.precision,
             warmup_steps=max(1, steps // 20),
             weight_decay=0.1,
             num_layers=max(1, arm.fgram_layers),

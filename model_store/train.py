@@ -15,8 +15,9 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,16 +30,19 @@ from tqdm import tqdm
 
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.errors import CheckpointError
-from scone.model_store.fgram_inputs import FGramInputs
+from scone.model_store.fgram_inputs import FGramInputs, MatchedBatch
 from scone.model_store.fgram_model import FGramModel
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.head_loss import head_loss, token_losses
+from scone.model_store.lora import add_lora, merge_lora
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.train_config import TrainConfig
 from scone.model_store.training_curve import CurvePoint, append_point, draw_run
 
 STATE = "training_state.pt"
 _BETAS = (0.9, 0.98)
+_SHOW_EVERY = 20
+"""Steps: reading a loss waits for the device."""
 
 
 def train(
@@ -49,102 +53,146 @@ def train(
     heldout: TokenStream,
     out: Path,
 ) -> FGramModel | None:
-    """Trains (or goes on training), state and curve kept in `out`; gives the f-gram model, if there is one.
+    """Trains (or goes on training) where the decoder is; gives the f-gram model, if there is one.
 
-    The decoder is changed in place unless it is frozen. Without f-grams it is trained alone. A SIGTERM saves
-    and returns early; the same call resumes, also towards another number of steps.
+    State and curve are kept in `out`. The decoder is changed in place unless it is frozen and gets no
+    adaptations. Without f-grams it is trained alone. A SIGTERM saves and returns early; the same call
+    resumes, also towards another number of steps.
 
     Raises:
         CheckpointError: `out` holds another run.
         ValueError: nothing is to be trained.
     """
-    if fgrams is None and config.freeze_main:
+    if fgrams is None and not config.changes_main:
         raise ValueError("freeze_main is true and there are no f-grams: nothing is left to be trained")
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(config, decoder, fgrams, out)
     with _stop_on_sigterm() as stopping, tqdm(total=config.steps, initial=run.step, unit="step") as progress:
         if run.step == 0:
-            run.record(heldout, train_loss=float("nan"), match_rate=float("nan"))
-        losses: list[float] = []
-        while run.step < config.steps and not stopping():
-            loss, match_rate = run.advance(corpus)
-            losses.append(loss)
+            run.record(heldout)
+        for batch in run.batches(corpus):
+            run.advance(batch)
             progress.update()
-            progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+            if run.step % _SHOW_EVERY == 0:
+                progress.set_postfix(loss=f"{run.train_loss:.3f}")
             if run.step % config.save_every == 0 or run.step == config.steps:
-                run.record(heldout, train_loss=float(np.mean(losses)), match_rate=match_rate)
-                losses = []
-        if losses:
+                run.record(heldout)
+            if stopping():
+                break
+        if run.losses:
             run.save()
     draw_run(out)
+    if config.lora_rank:
+        merge_lora(decoder)
     decoder.requires_grad_(False).eval()
     return run.model
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Input ids with the f-grams in them, and targets (batch * seq,) int64."""
+
+    inputs: MatchedBatch
+    targets: Tensor
 
 
 class _Run:
     """The moving parts of one training: weights, optimiser, step, curve."""
 
     def __init__(self, config: TrainConfig, decoder: Decoder, fgrams: FGramSet | None, out: Path) -> None:
-        self.config, self.decoder, self.out = config, decoder, out
+        self.config, self.decoder, self.out, self.device = config, decoder, out, decoder.device
         decoder.requires_grad_(not config.freeze_main).train(not config.freeze_main)
         self.model: FGramModel | None = None
         self.inputs: FGramInputs | None = None
-        if fgrams is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)  # of layers beyond those of the main model
+        self.adaptations: nn.ModuleList | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # of layers beyond those of the main model, and of adaptations
+            if fgrams is not None:
                 self.model = FGramModel.from_decoder(
                     decoder, config.num_layers, fgrams.max_n, last_token_only=config.last_token_only
-                )
-            self.inputs = FGramInputs(fgrams, self.model)
-        groups = _parameter_groups(config, decoder, self.model)
+                ).to(self.device)
+                self.inputs = FGramInputs(fgrams, self.model)
+            if config.lora_rank:
+                self.adaptations = add_lora(decoder, config.lora_rank)
+        groups = _parameter_groups(config, self._trained())
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS)
-        self.step, self.seconds = 0, 0.0
+        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, fused=self.device.type != "cpu")
+        self.step, self.seconds, self.losses, self.match_rate = 0, 0.0, list[Tensor](), math.nan
         self._load()
+        self._resumed = time.monotonic()
 
-    def advance(self, corpus: TokenStream) -> tuple[float, float]:
-        """One optimiser step; gives the batch's loss and match rate."""
-        started = time.monotonic()
+    @property
+    def train_loss(self) -> float:
+        """Of the last steps; waits for the device."""
+        return float(torch.stack(self.losses[-_SHOW_EVERY:]).mean())
+
+    def batches(self, corpus: TokenStream) -> Iterator[_Batch]:
+        """Those of the steps that are left, each prepared while the one before is trained on."""
         config = self.config
-        scale = config.learning_rate_scale(self.step)
+
+        def prepared(step: int) -> _Batch:
+            return self._batch(corpus.sample_windows(config.batch_size, config.seq_len, (config.seed, step)))
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(prepared, self.step)
+            for step in range(self.step, config.steps):
+                batch, ahead = ahead.result(), pool.submit(prepared, step + 1)
+                yield batch
+
+    def _batch(self, windows: NDArray[np.int32]) -> _Batch:
+        """Windows (batch, seq + 1) on the device."""
+        targets = torch.from_numpy(windows[:, 1:].astype(np.int64)).flatten()
+        inputs = _unmatched(windows[:, :-1]) if self.inputs is None else self.inputs.match(windows[:, :-1])
+        return _Batch(inputs.to(self.device), targets.to(self.device))
+
+    def advance(self, batch: _Batch) -> None:
+        """One optimiser step."""
+        scale = self.config.learning_rate_scale(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * scale
-        windows = corpus.sample_windows(config.batch_size, config.seq_len, (config.seed, self.step))
-        hidden, match_rate = self._hidden(windows[:, :-1])
-        targets = torch.from_numpy(windows[:, 1:].astype(np.int64)).flatten()
-        loss = head_loss(hidden, self.decoder.lm_head.weight, targets)
+        with self._autocast():
+            loss = head_loss(self._hidden(batch.inputs), self.decoder.lm_head.weight, batch.targets)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.parameters, config.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_gradient_norm)
         self.optimizer.step()
         self.step += 1
-        self.seconds += time.monotonic() - started
-        return float(loss.detach()), match_rate
+        self.losses.append(loss.detach())
+        self.match_rate = batch.inputs.match_rate
 
-    def _hidden(self, input_ids: NDArray[np.int32]) -> tuple[Tensor, float]:
-        match_rate = 0.0
+    def _hidden(self, inputs: MatchedBatch) -> Tensor:
+        """(batch * seq, dim)."""
         if self.inputs is None:
-            embeddings = self.decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
+            embeddings = self.decoder.embed(inputs.input_ids)
         else:
-            embeddings, match_rate = self.inputs.embed(self.decoder, input_ids)
-        positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-        return self.decoder(embeddings, positions, CausalAttention()).flatten(0, 1), match_rate
+            embeddings = self.inputs.embed(self.decoder, inputs)
+        positions = torch.arange(inputs.input_ids.shape[1], device=self.device)
+        hidden = self.decoder(embeddings, positions.expand(inputs.input_ids.shape), CausalAttention())
+        return hidden.flatten(0, 1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     @torch.no_grad()
     def heldout_loss(self, heldout: TokenStream) -> float:
         """Mean loss in nats per token over evenly spread held-out windows."""
-        total, count = 0.0, 0
-        for window in heldout.spread_windows(self.config.seq_len, self.config.heldout_tokens):
-            hidden, _ = self._hidden(window[None, :-1])
-            targets = torch.from_numpy(window[1:].astype(np.int64))
-            total += float(token_losses(hidden, self.decoder.lm_head.weight, targets).sum())
-            count += len(targets)
-        return total / count
+        windows = heldout.spread_windows(self.config.seq_len, self.config.heldout_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, len(windows), self.config.batch_size):
+            batch = self._batch(windows[start : start + self.config.batch_size])
+            with self._autocast():
+                losses = token_losses(self._hidden(batch.inputs), self.decoder.lm_head.weight, batch.targets)
+            total += losses.sum(dtype=torch.float64)
+        return float(total) / (len(windows) * self.config.seq_len)
 
-    def record(self, heldout: TokenStream, *, train_loss: float, match_rate: float) -> None:
+    def record(self, heldout: TokenStream) -> None:
         """Evaluates, adds a line to the curve, saves everything."""
-        config, loss = self.config, self.heldout_loss(heldout)
-        peak = config.learning_rate if config.freeze_main else config.main_learning_rate
+        config = self.config
+        train_loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
+        self.losses = []
+        self.seconds += time.monotonic() - self._resumed
+        loss = self.heldout_loss(heldout)
+        peak = config.main_learning_rate if config.changes_main else config.learning_rate
         append_point(
             self.out,
             CurvePoint(
@@ -152,17 +200,22 @@ class _Run:
                 tokens=self.step * config.batch_size * config.seq_len,
                 train_loss=round(train_loss, 4),
                 heldout_loss=round(loss, 4),
-                match_rate=round(match_rate, 3),
+                match_rate=round(self.match_rate, 3),
                 learning_rate=peak * config.learning_rate_scale(self.step),
                 seconds=round(self.seconds),
             ),
         )
         tqdm.write(f"step {self.step}: held-out loss {loss:.4f} (perplexity {math.exp(loss):.3f})")
         self.save()
+        self._resumed = time.monotonic()
 
     def _trained(self) -> dict[str, nn.Module]:
-        parts: dict[str, nn.Module] = {} if self.model is None else {"model": self.model}
-        return parts if self.config.freeze_main else parts | {"main": self.decoder}
+        parts: dict[str, nn.Module | None] = {
+            "model": self.model,
+            "lora": self.adaptations,
+            "main": None if self.config.freeze_main else self.decoder,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
         """Writes the state so that a kill leaves the old one or the new one."""
@@ -181,7 +234,7 @@ class _Run:
         path = self.out / STATE
         if not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         changed = sorted(k for k, v in asdict(self.config).items() if state["config"].get(k) != v)
         if ("model" in state) != (self.model is not None):
             changed.append("fgrams")
@@ -196,17 +249,22 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def _parameter_groups(
-    config: TrainConfig, decoder: Decoder, model: FGramModel | None
-) -> list[dict[str, Any]]:
+def _unmatched(input_ids: NDArray[np.int32]) -> MatchedBatch:
+    """A batch for a model without f-grams."""
+    none = torch.empty(0, dtype=torch.int64)
+    return MatchedBatch(torch.from_numpy(input_ids.astype(np.int64)), (), none, none)
+
+
+def _parameter_groups(config: TrainConfig, trained: dict[str, nn.Module]) -> list[dict[str, Any]]:
     """What is trained, by peak learning rate and by whether its weights decay."""
     parts: list[tuple[float, list[tuple[str, nn.Parameter]]]] = []
-    if model is not None:
-        named = list(model.named_parameters())
+    for name, module in trained.items():
+        named = list(module.named_parameters())
+        if name != "model":
+            parts.append((config.main_learning_rate, named))
+            continue
         parts.append((config.output_learning_rate, [p for p in named if p[0].startswith("output.")]))
         parts.append((config.learning_rate, [p for p in named if not p[0].startswith("output.")]))
-    if not config.freeze_main:
-        parts.append((config.main_learning_rate, list(decoder.named_parameters())))
     groups = []
     for peak, named in parts:
         for decays in (True, False):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 SCHEDULES = ("linear", "cosine")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class TrainConfig:
         weight_decay: of matrices, not of norms and embeddings.
         save_every: steps between held-out evaluations and saved states.
         last_token_only: train the control that sees no n-gram.
+        lora_rank: a frozen main model gets adaptations of this rank (lora.py), merged at the end; 0 for none.
+        precision: of matrix products; weights, norms and optimiser are float32 either way.
     """
 
     freeze_main: bool = True
@@ -39,10 +42,23 @@ class TrainConfig:
     save_every: int = 25
     heldout_tokens: int = 12_288
     last_token_only: bool = False
+    lora_rank: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}, wanted one of {', '.join(PRECISIONS)}")
+        if self.lora_rank and not self.freeze_main:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} and freeze_main is false: adaptations are for a frozen model"
+            )
+
+    @property
+    def changes_main(self) -> bool:
+        """Whether the main model is another one after the training."""
+        return not self.freeze_main or self.lora_rank > 0
 
     def learning_rate_scale(self, step: int) -> float:
         """Factor of all learning rates at `step` (0-based)."""

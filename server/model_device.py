@@ -10,6 +10,14 @@ import torch
 
 from scone.model_store.decoder import Decoder
 from scone.server.errors import SettingError
+from scone.server.settings import Setting
+
+DEVICE = Setting(
+    name="device",
+    default="auto",
+    help="where models are computed: cpu, cuda, cuda:N, auto (a GPU if there is one)",
+)
+"""For commands that work offline; `scone serve` has its own."""
 
 
 def model_device(setting: str) -> torch.device:

@@ -29,9 +29,10 @@ class TableInputs:
     def __call__(self, input_ids: NDArray[np.int32]) -> Tensor:
         row_ids, matched_len = self._table.match(input_ids)
         self.positions_by_n += np.bincount(matched_len, minlength=len(self.positions_by_n))
-        embeddings = self._decoder.embed(torch.from_numpy(input_ids.astype(np.int64))).clone()
+        token_ids = torch.from_numpy(input_ids.astype(np.int64)).to(self._decoder.device)
+        embeddings = self._decoder.embed(token_ids).cpu().clone()
         self._table.read_into(row_ids, embeddings)
-        return embeddings
+        return embeddings.to(self._decoder.device)
 
 
 def open_table_of(checkpoint: Checkpoint, path: str | Path) -> FGramTable:

@@ -15,6 +15,7 @@ from scone.model_store.manifest import TableManifest
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 from scone.server.errors import SettingError
+from scone.server.model_device import DEVICE, model_device
 from scone.server.settings import Command, Resolved, Setting
 
 
@@ -31,6 +32,7 @@ def run(settings: Resolved) -> int:
         codec=settings.codec,
         dtype=settings.dtype,
         engine=settings.engine,
+        device=model_device(settings.device),
     )
     resumed = report.num_fgrams - report.num_embedded
     print(
@@ -89,6 +91,7 @@ COMMAND = Command(
             choices=("local", "ray"),
             help="where rows are computed: here, or on Ray",
         ),
+        DEVICE,
         Setting(
             name="heldout", many=True, help="text to measure first what the codec costs against raw rows"
         ),

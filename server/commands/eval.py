@@ -16,13 +16,15 @@ from scone.model_store.decoder import Decoder
 from scone.model_store.perplexity import SEQ_LEN, measure_perplexity
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
+from scone.server.model_device import DEVICE, model_device, placed
 from scone.server.settings import Command, Resolved, Setting
 from scone.server.table_perplexity import TableInputs, open_table_of
 
 
 def run(settings: Resolved) -> int:
     checkpoint = open_checkpoint(settings.model)
-    tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder()
+    tokenizer = checkpoint.tokenizer()
+    decoder = placed(checkpoint.decoder(), model_device(settings.device))
     table = None if settings.table is None else open_table_of(checkpoint, settings.table)
     for path in settings.corpus:
         stream = TokenStream.from_corpus(tokenize(read_documents([path]), tokenizer), tokenizer)
@@ -34,7 +36,7 @@ def _evaluate(
     name: str, decoder: Decoder, table: FGramTable | None, stream: TokenStream, settings: Resolved
 ) -> None:
     def plain(input_ids: NDArray[np.int32]) -> Tensor:
-        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
+        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)).to(decoder.device))
 
     if table is None:
         (base,) = measure_perplexity(decoder, stream, [plain], settings.seq_len, settings.max_tokens)
@@ -60,6 +62,7 @@ COMMAND = Command(
         Setting(name="corpus", help="text to evaluate on", positional=True, many=True, required=True),
         Setting(name="model", help="GGUF file or model folder", required=True),
         Setting(name="table", help="table of `scone build`"),
+        DEVICE,
         Setting(
             name="seq_len", help="tokens per window; each starts without context", kind=int, default=SEQ_LEN
         ),

@@ -10,18 +10,20 @@ from typing import Any
 
 from scone.model_store.study import Study, StudyConfig
 from scone.model_store.study_report import write_report
+from scone.model_store.train_config import PRECISIONS
 from scone.server.errors import SettingError
+from scone.server.model_device import DEVICE, model_device
 from scone.server.settings import Command, Resolved, Setting
 
 DEFAULTS = StudyConfig()
-KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
 
 
 def run(settings: Resolved) -> int:
     if not settings.logs.resolve().is_relative_to(settings.document.resolve().parent):
         raise SettingError(f"logs is {settings.logs}, wanted a folder below {settings.document.parent}")
     config = StudyConfig(**{f.name: settings.values[f.name] for f in fields(StudyConfig)})
-    study = Study(config, settings.corpus, settings.heldout, settings.out)
+    study = Study(config, settings.corpus, settings.heldout, settings.out, model_device(settings.device))
     is_complete = study.run(settings.logs)
     command = " ".join(("scone", *sys.argv[1:]))
     write_report(settings.logs.resolve(), settings.document.resolve(), command)
@@ -42,12 +44,14 @@ COMMAND = Command(
         Setting(
             name="document", kind=Path, default=Path("docs/quality.md"), help="the page, above that folder"
         ),
+        DEVICE,
         *(
             Setting(
                 name=f.name,
                 kind=KINDS[str(f.type)],
                 default=getattr(DEFAULTS, f.name),
                 help=help_text,
+                choices=PRECISIONS if f.name == "precision" else (),
             )
             for f, help_text in zip(
                 fields(StudyConfig),
@@ -66,6 +70,7 @@ COMMAND = Command(
                     "sequences per step",
                     "tokens per sequence",
                     "peak learning rate",
+                    "of matrix products while training",
                     "held-out tokens per evaluation",
                     "seeds of the main rows",
                 ),

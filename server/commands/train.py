@@ -20,18 +20,21 @@ from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 from scone.model_store.tokenizer import Tokenizer
 from scone.model_store.train import train
-from scone.model_store.train_config import SCHEDULES, TrainConfig
+from scone.model_store.train_config import PRECISIONS, SCHEDULES, TrainConfig
 from scone.server.commands.count import open_tokenizer
 from scone.server.errors import SettingError
+from scone.server.model_device import DEVICE, model_device, placed
 from scone.server.settings import Command, Resolved, Setting, parse_bool
 
 DEFAULTS = TrainConfig()
+CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS}
 KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": parse_bool, "str": str}
 
 
 def run(settings: Resolved) -> int:
     config = TrainConfig(**{f.name: settings.values[f.name] for f in fields(TrainConfig)})
     decoder, tokenizer, model_hash = _main_model(settings)
+    decoder = placed(decoder, model_device(settings.device))
     fgrams = None if settings.fgrams is None else FGramSet.load(Path(settings.fgrams))
     if fgrams is not None and fgrams.tokenizer_hash != tokenizer.hash:
         raise FGramSetError(
@@ -46,7 +49,7 @@ def run(settings: Resolved) -> int:
         save_hf_folder(out, decoder, tokenizer)
         print(f"model written to {out}")
         return 0
-    if config.freeze_main:
+    if not config.changes_main:
         save_scone_folder(out, model, main_path=Path(settings.model), main_hash=model_hash)
     else:
         save_hf_folder(out / "main", decoder, tokenizer)
@@ -91,6 +94,8 @@ def _hyperparameters() -> tuple[Setting, ...]:
         "save_every": "steps between held-out evaluations and saved states",
         "heldout_tokens": "held-out tokens per evaluation",
         "last_token_only": "train the control whose f-gram model sees only the last token",
+        "lora_rank": "tune a frozen main model by low-rank adaptations of this rank, merged at the end",
+        "precision": "of matrix products while training; everything else is float32",
     }
     defaults = {f.name: getattr(DEFAULTS, f.name) for f in fields(TrainConfig)} | {"freeze_main": False}
     return tuple(
@@ -99,7 +104,7 @@ def _hyperparameters() -> tuple[Setting, ...]:
             help=helps[f.name],
             kind=KINDS[str(f.type)],
             default=defaults[f.name],
-            choices=SCHEDULES if f.name == "schedule" else (),
+            choices=CHOICES.get(f.name, ()),
         )
         for f in fields(TrainConfig)
     )
@@ -118,6 +123,7 @@ COMMAND = Command(
         Setting(name="corpus", help="training text: files, folders, globs", many=True, required=True),
         Setting(name="heldout", help="held-out text for the curve", many=True, required=True),
         Setting(name="out", help="checkpoint folder to write", required=True),
+        DEVICE,
         *_hyperparameters(),
     ),
     run=run,

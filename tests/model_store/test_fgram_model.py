@@ -36,7 +36,7 @@ def random_fgrams(count: int, max_n: int = 4, vocab: int = 300) -> tuple[torch.T
 
 def test_untrained_is_exactly_the_last_token(tiny_decoder: Decoder) -> None:
     tokens, lengths = random_fgrams(50)
-    rows = FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4)(tokens, lengths)
+    rows = FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4).embed(tokens, lengths)
     last = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
     assert torch.equal(rows, tiny_decoder.embed(last))
 
@@ -44,7 +44,7 @@ def test_untrained_is_exactly_the_last_token(tiny_decoder: Decoder) -> None:
 def test_row_depends_on_every_token_and_their_order(tiny_decoder: Decoder) -> None:
     model = shaken(FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4))
     fgrams = torch.tensor([[5, 6, 7, 8], [9, 6, 7, 8], [6, 5, 7, 8], [5, 6, 7, 9]])
-    rows = model(fgrams, torch.full((4,), 4))
+    rows = model(fgrams)
     for i in range(4):
         for j in range(i):
             assert (rows[i] - rows[j]).abs().max() > 1e-3
@@ -52,15 +52,17 @@ def test_row_depends_on_every_token_and_their_order(tiny_decoder: Decoder) -> No
 
 def test_the_control_sees_the_last_token_only(tiny_decoder: Decoder) -> None:
     model = shaken(FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4, last_token_only=True))
-    rows = model(torch.tensor([[5, 6, 7, 8], [9, 8, -1, -1]]), torch.tensor([4, 2]))
-    assert torch.equal(rows[0], rows[1])
+    of_four, of_two = model(torch.tensor([[5, 6, 7, 8]])), model(torch.tensor([[9, 8]]))
+    assert torch.equal(of_four, of_two)
 
 
 def test_embed_gives_a_row_the_same_bits_in_any_company(tiny_decoder: Decoder) -> None:
     model = shaken(FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4))
     tokens, lengths = random_fgrams(2 * EMBED_BLOCK_ROWS + 77)
     together = model.embed(tokens, lengths)
-    assert torch.allclose(together, model(tokens, lengths), atol=1e-5)
+    for n in range(2, 5):
+        of_length = lengths == n
+        assert torch.allclose(together[of_length], model(tokens[of_length, :n]), atol=1e-5)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.embed(tokens[order], lengths[order]), together[order])
     for i in range(0, len(lengths), 61):
@@ -80,9 +82,10 @@ def test_inputs_replace_the_embedding_by_the_longest_match(tiny_decoder: Decoder
     )
     inputs = FGramInputs(fgrams, model)
     input_ids = np.array([[4, 5, 6, 7], [5, 6, 4, 5]], dtype=np.int32)
-    embeddings, match_rate = inputs.embed(tiny_decoder, input_ids)
-    assert match_rate == 4 / 8
-    rows = model(torch.from_numpy(tokens.astype(np.int64)), torch.tensor([2, 2, 3]))
+    batch = inputs.match(input_ids)
+    embeddings = inputs.embed(tiny_decoder, batch)
+    assert batch.match_rate == 4 / 8
+    rows = model.embed(torch.from_numpy(tokens.astype(np.int64)), torch.tensor([2, 2, 3]))
     plain = tiny_decoder.embed(torch.from_numpy(input_ids.astype(np.int64)))
     expected = plain.clone()
     expected[0, 1], expected[0, 2], expected[1, 1], expected[1, 3] = rows[0], rows[2], rows[1], rows[0]

@@ -192,7 +192,9 @@ def test_the_command_and_what_it_exports(
     with torch.no_grad(), FGramTable.open(tmp_path / "table") as table:
         table.check_model(checkpoint.model_hash, checkpoint.tokenizer().hash)
         served = decoder.logits(decoder(TableInputs(decoder, table)(ids), positions, CausalAttention()))
-        inputs, match_rate = FGramInputs(fgrams, model).embed(decoder, ids[None])
+        matcher = FGramInputs(fgrams, model)
+        batch = matcher.match(ids[None])
+        inputs, match_rate = matcher.embed(decoder, batch), batch.match_rate
         computed = decoder.logits(decoder(inputs[0], positions, CausalAttention()))
         plain = decoder.logits(
             decoder(decoder.embed(torch.from_numpy(ids).long()), positions, CausalAttention())

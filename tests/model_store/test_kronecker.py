@@ -236,8 +236,10 @@ def test_scone_on_top(kronecker_path: Path, tmp_path: Path) -> None:
     ids = np.array(text[:200], np.int32)
     with torch.no_grad(), FGramTable.open(tmp_path / "table") as table:
         looked_up = TableInputs(decoder, table)(ids)
-        computed, match_rate = FGramInputs(fgrams, model).embed(decoder, ids[None])
-    assert match_rate > 0.3
+        matcher = FGramInputs(fgrams, model)
+        batch = matcher.match(ids[None])
+        computed = matcher.embed(decoder, batch)
+    assert batch.match_rate > 0.3
     torch.testing.assert_close(looked_up, computed[0], atol=1e-5, rtol=1e-5)
     positions = torch.arange(200)
     hidden = decoder(looked_up, positions, CausalAttention())
