@@ -116,14 +116,14 @@ class SconeFolder:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def fgram_model(self, decoder: Decoder) -> FGramModel:
-        """The f-gram model in float32, ready to embed."""
+        """The f-gram model in float32, ready to embed, where the decoder is."""
         model = FGramModel(decoder, **self._shape)
         try:
             state = {name: tensor.float() for name, tensor in load_file(self.path / WEIGHTS).items()}
             model.load_state_dict(state)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit its description: {error}") from None
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval().to(decoder.device)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

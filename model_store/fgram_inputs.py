@@ -6,6 +6,7 @@ f-gram that ends there, embedded by the f-gram model, replaces the token embeddi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,14 @@ class FGramInputs:
             torch.from_numpy(places),
             torch.from_numpy(rank_of[inverse]),
         )
+
+    def embedding_of(self, decoder: Decoder) -> Callable[[NDArray[np.int32]], Tensor]:
+        """`match` and `embed` of one sequence (seq,) at a time: (seq, dim)."""
+
+        def embed(input_ids: NDArray[np.int32]) -> Tensor:
+            return self.embed(decoder, self.match(input_ids[None]).to(decoder.device))[0]
+
+        return embed
 
     def embed(self, decoder: Decoder, batch: MatchedBatch) -> Tensor:
         """Embeddings (batch, seq, dim), where the decoder is; differentiable in the model's weights."""

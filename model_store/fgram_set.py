@@ -79,6 +79,14 @@ class FGramSet:
             digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).tobytes())
         return digest.hexdigest()
 
+    def check_tokenizer(self, tokenizer_hash: str, path: str | os.PathLike[str]) -> None:
+        """Raises FGramSetError if the set, read from `path`, is of another tokenizer."""
+        if self.tokenizer_hash != tokenizer_hash:
+            raise FGramSetError(
+                f"{path} was counted with tokenizer {self.tokenizer_hash[:16]}, "
+                f"wanted {tokenizer_hash[:16]}, that of the model: count it again with --tokenizer"
+            )
+
     def head(self, num_fgrams: int) -> FGramSet:
         """The `num_fgrams` first f-grams as a set of their own."""
         return FGramSet(

@@ -23,6 +23,10 @@ Embed = Callable[[NDArray[np.int32]], Tensor]
 """Embeddings (seq, dim), where the decoder is, of input ids (seq,)."""
 
 
+_GROUP_WINDOWS = 8
+"""Windows that go through the model together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """Mean negative log-likelihood (nats per token) over `num_tokens` predictions."""
@@ -33,6 +37,15 @@ class Perplexity:
     @property
     def value(self) -> float:
         return math.exp(self.loss)
+
+
+def token_embeddings(decoder: Decoder) -> Embed:
+    """The decoder's own token embeddings: no table."""
+
+    def embed(input_ids: NDArray[np.int32]) -> Tensor:
+        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)).to(decoder.device))
+
+    return embed
 
 
 @torch.inference_mode()
@@ -46,12 +59,13 @@ def measure_perplexity(
     windows = corpus.spread_windows(seq_len, max_tokens)
     positions = torch.arange(seq_len, device=decoder.device)
     totals = [0.0] * len(embeds)
-    for window in tqdm(windows, desc="evaluating", unit="window", leave=False):
-        targets = torch.from_numpy(window[1:].astype(np.int64)).to(decoder.device)
+    for start in tqdm(range(0, len(windows), _GROUP_WINDOWS), desc="evaluating", leave=False):
+        group = windows[start : start + _GROUP_WINDOWS]
+        targets = torch.from_numpy(group[:, 1:].astype(np.int64)).to(decoder.device).flatten()
         for i, embed in enumerate(embeds):
-            hidden = decoder(embed(window[:-1]).unsqueeze(0), positions.unsqueeze(0), CausalAttention())
-            totals[i] += float(
-                token_losses(hidden[0], decoder.lm_head.weight, targets).sum(dtype=torch.float64)
-            )
+            embeddings = torch.stack([embed(window) for window in group[:, :-1]])
+            hidden = decoder(embeddings, positions.expand(len(group), seq_len), CausalAttention())
+            losses = token_losses(hidden.flatten(0, 1), decoder.lm_head.weight, targets)
+            totals[i] += float(losses.sum(dtype=torch.float64))
     num_tokens = len(windows) * seq_len
     return [Perplexity(total / num_tokens, num_tokens) for total in totals]

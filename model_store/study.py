@@ -4,15 +4,13 @@ One tokenizer, one corpus, equal training tokens for all: a small base model, th
 and f-gram model sizes), a control whose f-gram model sees only the last token, a larger base model, and a
 Kronecker row beside an untied dense one. Source: SCONE, arXiv 2502.01637, Table 3 and section 4.1.
 
-Everything is resumable: finished runs stay, an interrupted one goes on. Figures are study_report.py's.
+The runs are study_runs.py's: finished ones stay, an interrupted one goes on. Figures are study_report.py's.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
@@ -25,14 +23,12 @@ from scone.model_store.fgram_model import FGramModel
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.initialize import new_decoder
 from scone.model_store.model_config import ModelConfig
+from scone.model_store.study_runs import StudyRun
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize_files
 from scone.model_store.tokenizer import Tokenizer, tokenizer_from_file
-from scone.model_store.train import train
 from scone.model_store.train_config import TrainConfig
-from scone.model_store.training_curve import read_curve
 
-RUN = "run.json"
 _END = "<|endoftext|>"
 _HEAD_DIM = 32
 _NUM_POSITIONS = 16
@@ -142,49 +138,30 @@ class Study:
             ).save(path)
         self.fgrams = FGramSet.load(path)
 
-    def run(self, logs: Path) -> bool:
-        """Trains what is missing, one seed of all rows after the other; False if it was told to stop.
+    def runs(self) -> list[StudyRun]:
+        """One seed of all rows after the other."""
+        return [
+            self._run(arm, seed)
+            for seed in range(self.config.num_seeds)
+            for arm in arms_of(self.config)
+            if seed == 0 or arm.is_main
+        ]
 
-        Of each run, what it is and its curve lie in a folder of `logs`.
-        """
-        for seed in range(self.config.num_seeds):
-            for arm in arms_of(self.config):
-                if (seed == 0 or arm.is_main) and not self._run(arm, seed, logs / f"{arm.name}-{seed}"):
-                    return False
-        return True
+    def keep(self, run: StudyRun, decoder: Decoder, model: FGramModel | None) -> None:
+        """Only the curves are wanted."""
 
-    def _run(self, arm: Arm, seed: int, log: Path) -> bool:
-        config = self._train_config(arm, seed)
-        if _is_finished(log, config.steps):
-            return True
-        decoder = new_decoder(self._shape(arm), self.tokenizer, seed).to(self.device)
-        fgrams = self.fgrams.head(arm.num_fgrams) if arm.num_fgrams else None
-        print(f"{log.name}: {config.steps:,} steps", flush=True)
-        work = self.out / "runs" / log.name
-        model = train(config, decoder, fgrams, self.corpus, self.heldout, work)
-        log.mkdir(parents=True, exist_ok=True)
-        facts = self._facts(arm, seed, decoder, model, config)
-        (log / RUN).write_text(json.dumps(facts, indent=1) + "\n")
-        for name in ("curve.csv", "curve.svg"):
-            (log / name).write_bytes((work / name).read_bytes())
-        return _is_finished(log, config.steps)
-
-    def _facts(
-        self, arm: Arm, seed: int, decoder: Decoder, model: FGramModel | None, config: TrainConfig
-    ) -> dict[str, Any]:
-        in_layers = sum(p.numel() for p in decoder.layers.parameters())
-        in_head = decoder.lm_head.weight.numel()
-        return {
-            "arm": asdict(arm) | {"num_fgrams": min(arm.num_fgrams, len(self.fgrams))},
-            "seed": seed,
-            "vocab_size": decoder.config.vocab_size,
-            "layer_parameters": in_layers,
-            "inference_parameters": in_layers + in_head,  # what a token is multiplied with
-            "input_parameters": sum(p.numel() for p in decoder.embed_tokens.parameters()),
-            "fgram_model_parameters": 0 if model is None else sum(p.numel() for p in model.parameters()),
-            "corpus_tokens": len(self.corpus.input_ids),
-            "train": asdict(config),
-        }
+    def _run(self, arm: Arm, seed: int) -> StudyRun:
+        shape = self._shape(arm)
+        return StudyRun(
+            name=f"{arm.name}-{seed}",
+            config=self._train_config(arm, seed),
+            facts={
+                "arm": asdict(arm) | {"num_fgrams": min(arm.num_fgrams, len(self.fgrams))},
+                "seed": seed,
+            },
+            fgrams=self.fgrams.head(arm.num_fgrams) if arm.num_fgrams else None,
+            new_decoder=lambda: new_decoder(shape, self.tokenizer, seed).to(self.device),
+        )
 
     def _shape(self, arm: Arm) -> ModelConfig:
         return ModelConfig(
@@ -225,11 +202,6 @@ class Study:
             heldout_tokens=config.heldout_tokens,
             last_token_only=arm.last_token_only,
         )
-
-
-def _is_finished(log: Path, steps: int) -> bool:
-    points = read_curve(log)
-    return bool(points) and points[-1].step == steps
 
 
 def _tokenizer(vocab_size: int, corpus: list[str], path: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ from typing import Any
 
 from scone.model_store.curve_picture import draw_curves
 from scone.model_store.errors import CheckpointError
-from scone.model_store.study import RUN
+from scone.model_store.study_runs import RUN
 from scone.model_store.training_curve import CurvePoint, read_curve
 
 CURVES, TREND = "curves.svg", "trend.svg"
@@ -32,12 +32,12 @@ class LoggedRun:
 
     @property
     def is_finished(self) -> bool:
-        return self.curve[-1].step == int(self.facts["train"]["steps"])
+        return "final" in self.facts and self.curve[-1].step == int(self.facts["train"]["steps"])
 
     @property
     def loss(self) -> float:
-        """Held out, at the end."""
-        return self.curve[-1].heldout_loss
+        """Over all that is held out, at the end."""
+        return float(self.facts["final"]["loss"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,19 @@ def read_logs(logs: Path) -> list[LoggedRun]:
     return runs
 
 
-def write_report(logs: Path, document: Path, command: str) -> None:
-    """Writes the document and, beside the logs, its two pictures."""
-    runs = read_logs(logs)
+def finished_arms(runs: list[LoggedRun]) -> dict[str, ArmResult]:
+    """The finished runs by row."""
     finished: dict[str, list[LoggedRun]] = defaultdict(list)
     for run in runs:
         if run.is_finished:
             finished[run.arm].append(run)
-    results = {arm: ArmResult(their) for arm, their in finished.items()}
+    return {arm: ArmResult(their) for arm, their in finished.items()}
+
+
+def write_report(logs: Path, document: Path, command: str) -> None:
+    """Writes the document and, beside the logs, its two pictures."""
+    runs = read_logs(logs)
+    results = finished_arms(runs)
     first = [run for run in runs if run.facts["seed"] == 0]
     curves = {run.arm: [(p.tokens, p.heldout_loss) for p in run.curve if p.step] for run in first}
     (logs / CURVES).write_text(
@@ -104,7 +109,7 @@ def write_report(logs: Path, document: Path, command: str) -> None:
 
 
 def _opening(runs: list[LoggedRun], command: str) -> list[str]:
-    facts = runs[0].facts
+    facts = next((run for run in runs if run.is_finished), runs[0]).facts
     train = facts["train"]
     tokens = train["steps"] * train["batch_size"] * train["seq_len"]
     return [
@@ -115,10 +120,11 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
         f"    {command}",
         "",
         f"Every model is trained from scratch on the same {tokens:,} tokens of a corpus of"
-        f" {facts['corpus_tokens']:,} (vocabulary {facts['vocab_size']:,}, windows of {train['seq_len']});"
-        f" the loss is over about {train['heldout_tokens']:,} held-out tokens. FLOPs are those of one token's"
-        " forward pass, attention to the context left out; f-grams change none of them. ± is the standard"
-        " deviation over seeds.",
+        f" {facts['corpus_tokens']:,} (vocabulary {facts['vocab_size']:,}, windows of {train['seq_len']},"
+        f" matrix products in {train['precision']}, {facts['machine']}, {facts['date']});"
+        " the loss is over all that is held out, in float32. FLOPs are those of one token's forward pass,"
+        " attention to the context left out; f-grams change none of them. ± is the standard deviation over"
+        " seeds.",
         "",
     ]
 

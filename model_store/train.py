@@ -114,6 +114,8 @@ class _Run:
                 self.inputs = FGramInputs(fgrams, self.model)
             if config.lora_rank:
                 self.adaptations = add_lora(decoder, config.lora_rank)
+        if self.device.type == "cuda":
+            _compile(decoder, self.model)
         groups = _parameter_groups(config, self._trained())
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, fused=self.device.type != "cpu")
@@ -167,7 +169,7 @@ class _Run:
         else:
             embeddings = self.inputs.embed(self.decoder, inputs)
         positions = torch.arange(inputs.input_ids.shape[1], device=self.device)
-        hidden = self.decoder(embeddings, positions.expand(inputs.input_ids.shape), CausalAttention())
+        hidden: Tensor = self.decoder(embeddings, positions.expand(inputs.input_ids.shape), CausalAttention())
         return hidden.flatten(0, 1)
 
     def _autocast(self) -> torch.autocast:
@@ -247,6 +249,13 @@ class _Run:
             part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _compile(decoder: Decoder, model: FGramModel | None) -> None:
+    """Fuses what a layer does beside its matrix products; all layers of one shape share the code."""
+    torch.compiler.reset()  # that of an earlier run, with other shapes
+    for block in (*decoder.layers, *(() if model is None else model.layers)):
+        block.compile()
 
 
 def _unmatched(input_ids: NDArray[np.int32]) -> MatchedBatch:

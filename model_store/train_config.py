@@ -63,6 +63,6 @@ class TrainConfig:
     def learning_rate_scale(self, step: int) -> float:
         """Factor of all learning rates at `step` (0-based)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps)
-        done = min(1.0, step / self.steps)
+        done = min(1.0, step / max(1, self.steps))
         left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return warmup * left

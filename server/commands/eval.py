@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from scone.cache import FGramTable
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
-from scone.model_store.perplexity import SEQ_LEN, measure_perplexity
+from scone.model_store.perplexity import SEQ_LEN, measure_perplexity, token_embeddings
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 from scone.server.model_device import DEVICE, model_device, placed
@@ -35,9 +30,7 @@ def run(settings: Resolved) -> int:
 def _evaluate(
     name: str, decoder: Decoder, table: FGramTable | None, stream: TokenStream, settings: Resolved
 ) -> None:
-    def plain(input_ids: NDArray[np.int32]) -> Tensor:
-        return decoder.embed(torch.from_numpy(input_ids.astype(np.int64)).to(decoder.device))
-
+    plain = token_embeddings(decoder)
     if table is None:
         (base,) = measure_perplexity(decoder, stream, [plain], settings.seq_len, settings.max_tokens)
         print(f"{name}: perplexity {base.value:.3f} over {base.num_tokens:,} tokens")

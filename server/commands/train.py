@@ -12,7 +12,6 @@ import torch
 from scone.model_store.checkpoint import open_checkpoint, save_scone_folder
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
-from scone.model_store.errors import FGramSetError
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.hf_folder import save_hf_folder
 from scone.model_store.initialize import new_decoder, read_config
@@ -36,11 +35,8 @@ def run(settings: Resolved) -> int:
     decoder, tokenizer, model_hash = _main_model(settings)
     decoder = placed(decoder, model_device(settings.device))
     fgrams = None if settings.fgrams is None else FGramSet.load(Path(settings.fgrams))
-    if fgrams is not None and fgrams.tokenizer_hash != tokenizer.hash:
-        raise FGramSetError(
-            f"{settings.fgrams} was counted with tokenizer {fgrams.tokenizer_hash[:16]}, "
-            f"wanted {tokenizer.hash[:16]}, that of the model: count it again with --tokenizer"
-        )
+    if fgrams is not None:
+        fgrams.check_tokenizer(tokenizer.hash, settings.fgrams)
     corpus = TokenStream.from_corpus(tokenize(read_documents(settings.corpus), tokenizer), tokenizer)
     heldout = TokenStream.from_corpus(tokenize(read_documents(settings.heldout), tokenizer), tokenizer)
     out = Path(settings.out)

@@ -1,0 +1,85 @@
+"""The page of the study of a pretrained model, made of nothing but the runs' logs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from scone.model_store.curve_picture import draw_curves
+from scone.model_store.study_report import ArmResult, LoggedRun, finished_arms, read_logs
+
+CURVES = "curves.svg"
+
+_QUESTIONS = (
+    ("fgrams", "base", "F-grams on the frozen model against the model alone"),
+    ("fgrams", "control", "The same against the control, which sees no n-gram"),
+    ("fgrams", "fgrams-small-set", "The whole set against the small one"),
+    ("fgrams-deep", "fgrams", "A deeper f-gram model against the other"),
+    ("fgrams", "lora", "F-grams against low-rank adaptations"),
+    ("main-fgrams", "main-control", "With the main model trained too: f-grams against the control"),
+    ("main-fgrams", "main", "With the main model trained too: f-grams against none"),
+)
+
+
+def write_tuning_report(logs: Path, document: Path, command: str) -> None:
+    """Writes the document, and its picture beside the logs; raises CheckpointError if there are none."""
+    runs = read_logs(logs)
+    results = finished_arms(runs)
+    place = logs.relative_to(document.parent).as_posix()
+    curves = {
+        run.arm: [(float(p.tokens), p.heldout_loss) for p in run.curve if p.step]
+        for run in runs
+        if run.facts["seed"] == 0
+    }
+    picture = draw_curves(
+        {name: points for name, points in curves.items() if points},
+        title="held-out loss, seed 0",
+        x_label="training tokens",
+        y_label="loss, nats a token",
+    )
+    (logs / CURVES).write_text(picture)
+    lines = [*_opening(runs, command), *_table(results, place), "", f"![held-out loss]({place}/{CURVES})", ""]
+    lines += [
+        f"- {what}: perplexity {math.exp(results[ours].loss - results[theirs].loss):.3f} times."
+        for ours, theirs, what in _QUESTIONS
+        if ours in results and theirs in results
+    ]
+    document.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _opening(runs: list[LoggedRun], command: str) -> list[str]:
+    facts = max((run.facts for run in runs), key=lambda facts: int(facts["train"]["steps"]))
+    train = facts["train"]
+    tokens = train["steps"] * train["batch_size"] * train["seq_len"]
+    return [
+        "# Quality: a pretrained model with f-grams",
+        "",
+        "Made by the command below from the logs that the table links to; do not edit.",
+        "",
+        f"    {command}",
+        "",
+        f"Every row but the base is trained on the same {tokens:,} tokens of a corpus of"
+        f" {facts['corpus_tokens']:,} (windows of {train['seq_len']}, matrix products in"
+        f" {train['precision']}, {facts['machine']}, {facts['date']}). The loss is over all that is held out,"
+        " in float32 and windows of the same size. `fgrams` and `control` leave the main model as it is;"
+        " `lora` adapts all its linear maps; `main` rows train all of it. ± is the standard deviation over"
+        " seeds.",
+        "",
+    ]
+
+
+def _table(results: dict[str, ArmResult], place: str) -> list[str]:
+    lines = [
+        "| model | f-grams | f-gram layers | held-out loss | perplexity | of the base | runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = results.get("base")
+    for arm, result in results.items():
+        shape = result.facts["arm"]
+        of_base = "" if base is None else f"{math.exp(result.loss - base.loss):.3f}"
+        runs = ", ".join(f"[{run.facts['seed']}]({place}/{run.name})" for run in result.runs)
+        lines.append(
+            f"| {arm} | {shape['num_fgrams']:,} | {shape['fgram_layers']} | {result.loss:.4f}{result.spread}"
+            f" | {math.exp(result.loss):.2f} | {of_base} | {runs} |"
+        )
+    return lines
