@@ -15,6 +15,7 @@ _QUESTIONS = (
     ("fgrams", "control", "The same against the control, which sees no n-gram"),
     ("fgrams", "fgrams-small-set", "The whole set against the small one"),
     ("fgrams-deep", "fgrams", "A deeper f-gram model against the other"),
+    ("fgrams", "fgrams-thin", "The f-gram model against a thinner one"),
     ("fgrams", "lora", "F-grams against low-rank adaptations"),
     ("main-fgrams", "main-control", "With the main model trained too: f-grams against the control"),
     ("main-fgrams", "main", "With the main model trained too: f-grams against none"),

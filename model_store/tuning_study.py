@@ -32,7 +32,7 @@ class TuningConfig:
 
     Attributes:
         small_set: f-grams of the small set; the large one is the whole set.
-        num_layers, deep_layers: of the f-gram model and of a deeper one.
+        thin_layers, num_layers, deep_layers: of the f-gram model, and of a thinner and a deeper one.
         learning_rate: peak rate of the f-gram model; its output projection takes twice as much.
         main_learning_rate: of the main model where it is trained as a whole.
         lora_learning_rate: of low-rank adaptations.
@@ -40,6 +40,7 @@ class TuningConfig:
     """
 
     small_set: int = 200_000
+    thin_layers: int = 2
     num_layers: int = 4
     deep_layers: int = 8
     lora_rank: int = 16
@@ -83,6 +84,7 @@ def arms_of(config: TuningConfig) -> list[TuningArm]:
         TuningArm(name="main-control", fgram_layers=layers, last_token_only=True, trains_main=True),
         TuningArm(name="fgrams-small-set", fgram_layers=layers, has_small_set=True),
         TuningArm(name="fgrams-deep", fgram_layers=config.deep_layers),
+        TuningArm(name="fgrams-thin", fgram_layers=config.thin_layers),
         TuningArm(name="lora", lora_rank=config.lora_rank),
         TuningArm(name="main", trains_main=True),
         TuningArm(name="base"),

@@ -13,7 +13,8 @@ from scone.server.settings import Command, Resolved, Setting
 
 HELPS = {
     "small_set": "f-grams of the small set; the large one is the whole set",
-    "num_layers": "layers of the f-gram model",
+    "thin_layers": "layers of the thin f-gram model",
+    "num_layers": "layers of the f-gram model that the other rows have",
     "deep_layers": "layers of the deep one",
     "lora_rank": "rank of the adaptations",
     "num_tokens": "training tokens of each run",

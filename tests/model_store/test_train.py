@@ -94,6 +94,28 @@ def test_another_run_is_not_overwritten(tiny_decoder: Decoder, fgrams: FGramSet,
     assert len(curve(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_head_loss_in_the_precision_of_its_products(precision: str) -> None:
+    """The head's gradient too, which a frozen model does not ask for."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(300, 16, generator=generator, requires_grad=True)
+    head = torch.randn(50, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (300,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = head_loss(hidden, head, targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    ours = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets)
+    expected.backward()  # type: ignore[no-untyped-call]
+    bound = 1e-5 if precision == "float32" else 2e-2
+    assert abs(float(loss - expected)) < bound
+    for found, wanted in zip(ours, (hidden.grad, head.grad), strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert (found - wanted).norm() < bound * wanted.norm()
+
+
 def test_head_loss_equals_autograd() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(300, 16, requires_grad=True)
