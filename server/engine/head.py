@@ -41,7 +41,7 @@ def sample_tokens(runner: Runner, wanted: Sequence[tuple[SamplerState, Tensor]])
         logits = runner.logits(hidden)
     else:
         rows = [i for i, ids in enumerate(restricted) if ids is None]
-        logits = torch.empty(len(wanted), runner.vocab_size)
+        logits = torch.empty(len(wanted), runner.vocab_size, device=runner.device)
         if rows:
             logits[rows] = runner.logits(hidden[rows])
         for i, ids in enumerate(restricted):
