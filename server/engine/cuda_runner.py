@@ -64,9 +64,8 @@ class CudaRunner(ModelRunner):
         num_tokens = len(embeddings)
         prepared = self._prepared
         step = prepared[1] if prepared is not None and prepared[0] is chunks else self._prepare(chunks)
-        if embeddings.data_ptr() != self._embeddings.data_ptr():
-            embeddings = self._embeddings[:num_tokens].copy_(embeddings)
-        if self._graphs is not None and step.decodes and layers == ALL_LAYERS:
+        is_in_place = embeddings.data_ptr() == self._embeddings.data_ptr()
+        if self._graphs is not None and step.decodes and layers == ALL_LAYERS and is_in_place:
             self.num_replays += 1
             return self._graphs.replay(len(step.input_ids))[:num_tokens]
         return self._run(step.first(num_tokens) if step.decodes else step, embeddings, layers)

@@ -71,7 +71,7 @@ class Runner(Protocol):
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
-    ) -> list[Tensor]: ...
+    ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
@@ -156,11 +156,11 @@ class ModelRunner:
 
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
-    ) -> list[Tensor]:
-        """Hidden states (num_tokens, dim) of each chunk, through its layers: one pass for equal ranges."""
-        sizes = [c.num_tokens for c in chunks]
+    ) -> Tensor:
+        """Hidden states (num_tokens, dim), each chunk's through its layers: one pass for equal ranges."""
         if len(set(ranges)) == 1:
-            return list(torch.split(self.forward(chunks, embeddings, ranges[0]), sizes))
+            return self.forward(chunks, embeddings, ranges[0])
+        sizes = [c.num_tokens for c in chunks]
         parts = list(torch.split(embeddings, sizes))
         for layers in set(ranges):
             places = [i for i, r in enumerate(ranges) if r == layers]
@@ -168,7 +168,7 @@ class ModelRunner:
             hidden = self.forward([chunks[i] for i in places], group, layers)
             for i, part in zip(places, torch.split(hidden, [sizes[i] for i in places]), strict=True):
                 parts[i] = part
-        return parts
+        return torch.cat(parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
