@@ -86,7 +86,9 @@ def attention_kernel(
     for key in range(start, end, KEYS):
         at = key + tl.arange(0, KEYS)
         is_key = at < end
-        block = tl.load(block_tables + seq.to(tl.int64) * table_stride + at // BLOCK_SIZE, mask=is_key, other=0)
+        block = tl.load(
+            block_tables + seq.to(tl.int64) * table_stride + at // BLOCK_SIZE, mask=is_key, other=0
+        )
         place = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
         offsets = place[:, None] * HEAD_DIM + column[None, :]
         mask = is_key[:, None] & is_column[None, :]

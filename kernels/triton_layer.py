@@ -88,7 +88,9 @@ def rotate_kernel(
         tl.store(source + HALF, b, mask=mask)
     elif head < NUM_HEADS + NUM_KV_HEADS:
         kept = mask & (slot >= 0)
-        target = k_cache + ((block * NUM_KV_HEADS + head - NUM_HEADS) * BLOCK_SIZE + place) * (2 * HALF) + column
+        target = (
+            k_cache + ((block * NUM_KV_HEADS + head - NUM_HEADS) * BLOCK_SIZE + place) * (2 * HALF) + column
+        )
         tl.store(target, a, mask=kept)
         tl.store(target + HALF, b, mask=kept)
     else:
@@ -113,7 +115,9 @@ def activation_kernel(
     up = tl.load(gate_up + token * (2 * DIM) + DIM + column, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + token * DIM + column, (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask)
+    tl.store(
+        out + token * DIM + column, (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask
+    )
 
 
 def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

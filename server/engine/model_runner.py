@@ -267,5 +267,7 @@ def choose_backend(decoder: Decoder, config: EngineConfig) -> str:
     if device == "cuda" and config.backend != "torch":
         if why_not_triton is None:
             return "triton"
-        logger.warning("%s: plain torch computes, several times slower and without CUDA graphs", why_not_triton)
+        logger.warning(
+            "%s: plain torch computes, several times slower and without CUDA graphs", why_not_triton
+        )
     return "torch"

@@ -119,9 +119,7 @@ class StepInputs:
             num_tokens, num_tiles = self._write(buffer, chunks)
         begin = self._num_values - 3 * (num_tokens + num_tiles)
         end = self._num_values + len(chunks) * self._tables.shape[1]
-        self._device.launch(
-            partial(self._target[begin:end].copy_, buffer.host[begin:end], non_blocking=True)
-        )
+        self._device.launch(partial(self._target[begin:end].copy_, buffer.host[begin:end], non_blocking=True))
         self._device.record(buffer.copied, Stream.COMPUTE)
         return self.step(num_tokens, num_tiles)
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import CpuDevice, Device
+from scone.cache.device import CpuDevice
 from scone.cache.errors import RowReadError
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import Slot, SlotState, StagingRing

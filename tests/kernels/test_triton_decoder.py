@@ -32,7 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter is NumPy
 ]
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float32, torch.float16 if INTERPRETS else torch.bfloat16]  # no interpreted products of bfloat16
+DTYPES = [
+    torch.float32,
+    torch.float16 if INTERPRETS else torch.bfloat16,
+]  # no interpreted products of bfloat16
 BLOCK_SIZE = 16
 # queries and context of each sequence: prompts, chunks of prompts, single tokens, all in one step
 MIXED = [(70, 70), (20, 150), (1, 1), (1, 300), (33, 33)]
@@ -66,7 +69,9 @@ def test_attention_is_the_references(
     batch, positions = paged_batch(seqs, per_tile, device)
     num_blocks = int(batch.block_tables.max()) + 1
     torch.manual_seed(0)
-    k_cache, v_cache = torch.randn(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+    k_cache, v_cache = torch.randn(
+        2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device
+    )
     # tokens lie further apart than their heads take, as in the product of queries, keys and values
     q = torch.randn(len(positions), num_heads + 2, head_dim, dtype=dtype, device=device)[:, :num_heads]
     out = torch.empty(q.shape, dtype=dtype, device=device)
@@ -145,7 +150,9 @@ def test_rotation_and_store_are_the_decoders(
     norms = None
     q, k, v = qkv.clone().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if has_norms:
-        q_norm, k_norm = (RMSNorm(head_dim, 1e-5).to(dtype).to(device).requires_grad_(False) for _ in range(2))
+        q_norm, k_norm = (
+            RMSNorm(head_dim, 1e-5).to(dtype).to(device).requires_grad_(False) for _ in range(2)
+        )
         for norm in (q_norm, k_norm):
             norm.weight.normal_()
         norms = (q_norm.weight, k_norm.weight)

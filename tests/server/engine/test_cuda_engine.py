@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-PROMPTS = [random_prompt(seed, length) for seed, length in ((1, 60), (2, 5), (3, 47), (4, 1), (5, 90), (6, 33))]
+PROMPTS = [
+    random_prompt(seed, length) for seed, length in ((1, 60), (2, 5), (3, 47), (4, 1), (5, 90), (6, 33))
+]
 MakeWorld = Callable[..., World]
 
 
@@ -81,7 +83,11 @@ def answers(world: World, **params: Any) -> list[Any]:
     ids=["graphs", "eager", "torch", "chunked", "alone"],
 )
 def test_greedy_tokens_are_the_cpus(
-    make_world: MakeWorld, on_cuda: MakeWorld, dict_table: DictTable, config: dict[str, Any], slow: set[int] | None
+    make_world: MakeWorld,
+    on_cuda: MakeWorld,
+    dict_table: DictTable,
+    config: dict[str, Any],
+    slow: set[int] | None,
 ) -> None:
     dict_table.slow = slow
     expected = answers(make_world(dict_table, backend="torch"))
@@ -204,7 +210,9 @@ def test_nothing_is_held_after_aborts_and_preemptions(
     assert world.core.overlay.ring.num_in_use == 0
 
 
-@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}], ids=str
+)
 def test_seeded_draws_are_the_cpus(
     make_world: MakeWorld, on_cuda: MakeWorld, dict_table: DictTable, params: dict[str, Any]
 ) -> None:
@@ -216,7 +224,9 @@ def test_seeded_draws_are_the_cpus(
     assert answers(on_cuda(dict_table, max_num_seqs=1), seed=5, **params) == together
 
 
-def test_n_answers_share_the_prompts_blocks(make_world: MakeWorld, on_cuda: MakeWorld, dict_table: DictTable) -> None:
+def test_n_answers_share_the_prompts_blocks(
+    make_world: MakeWorld, on_cuda: MakeWorld, dict_table: DictTable
+) -> None:
     dict_table.slow = set()
     assert answers(on_cuda(dict_table), n=3) == answers(make_world(dict_table, backend="torch"), n=3)
 

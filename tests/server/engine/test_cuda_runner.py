@@ -35,7 +35,12 @@ BLOCK_SIZE = 4
 
 def make_inputs(device: Device) -> StepInputs:
     return StepInputs(
-        device, max_num_tokens=40, max_num_seqs=8, max_num_blocks=10, block_size=BLOCK_SIZE, queries_per_tile=3
+        device,
+        max_num_tokens=40,
+        max_num_seqs=8,
+        max_num_blocks=10,
+        block_size=BLOCK_SIZE,
+        queries_per_tile=3,
     )
 
 
@@ -74,7 +79,11 @@ def test_chunks_become_tokens_and_tiles() -> None:
     assert tile_seqs == [0, 0, 1, 2]
     assert begins == [0, 3, 4, 7]
     assert counts == [3, 1, 3, 1]
-    assert step.batch.block_tables[:3, :3].tolist() == [[7, 2, 5], [1, *step.batch.block_tables[1, 1:3].tolist()], [0, 3, 8]]
+    assert step.batch.block_tables[:3, :3].tolist() == [
+        [7, 2, 5],
+        [1, *step.batch.block_tables[1, 1:3].tolist()],
+        [0, 3, 8],
+    ]
     assert not step.decodes
 
 
@@ -83,7 +92,14 @@ def test_decoding_is_padded_with_tokens_that_do_nothing() -> None:
     inputs = make_inputs(CpuDevice())
     step = inputs.put(chunks, 4)
     assert step.decodes
-    assert as_lists(step) == [[106, 103, 0, 0], [6, 3, 0, 0], [10, 7, -1, -1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 1, 0, 0]]
+    assert as_lists(step) == [
+        [106, 103, 0, 0],
+        [6, 3, 0, 0],
+        [10, 7, -1, -1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [1, 1, 0, 0],
+    ]
     first = as_lists(step.first(2))
     assert first == [[106, 103], [6, 3], [10, 7], [0, 1], [0, 1], [1, 1]]
     for a, b in zip(step[:2], inputs.step(4, 4)[:2], strict=True):
@@ -122,9 +138,7 @@ def run_on(device: SimDevice) -> list[list[int]]:
 
 
 def test_a_late_device_sees_each_step_as_it_was() -> None:
-    expected = [
-        [100 * n + n % 30 + i if i < 1 + n % 4 else 0 for i in range(4)] for n in range(40)
-    ]
+    expected = [[100 * n + n % 30 + i if i < 1 + n % 4 else 0 for i in range(4)] for n in range(40)]
     for seed in range(20):
         assert run_on(SimDevice(seed)) == expected
     # the one synchronisation is needed
@@ -161,7 +175,9 @@ def test_interpreted_it_gives_the_tokens_of_plain_torch(
         world = World(
             decoder, byte_tokenizer, dict_table, make_runner=make_runner, max_num_batched_tokens=24, **config
         )
-        outcomes = [world.add(random_prompt(seed, n), max_tokens=4, logprobs=0) for seed, n in ((1, 40), (2, 5))]
+        outcomes = [
+            world.add(random_prompt(seed, n), max_tokens=4, logprobs=0) for seed, n in ((1, 40), (2, 5))
+        ]
         world.run()
         return [(o.tokens(), o.logprobs()) for o in outcomes]
 
