@@ -29,7 +29,11 @@ PROGRAMS_WANTED = 264
 """Two for each multiprocessor of an H100."""
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # else compiled anew for 1, for multiples of 16 and for others
+# Else compiled anew for 1, for multiples of 16 and for other numbers and addresses.
+@triton.jit(
+    do_not_specialize=["num_tokens", "tile_stride"],
+    do_not_specialize_on_alignment=["highest", "total", "positions", "tiles", "block_tables"],
+)
 def attention_kernel(
     q,  # (num_tokens, any): heads of a token side by side, q_stride apart
     k_cache,  # (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
@@ -116,7 +120,7 @@ def attention_kernel(
     tl.store(out + target[:, None] * HEAD_DIM + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits"], do_not_specialize_on_alignment=["highest", "total"])
 def combine_kernel(
     parts,  # float32 (num_splits, num_rows, HEAD_DIM), num_rows = num_tokens * num_heads
     highest,  # float32 (num_splits, num_rows)
@@ -145,7 +149,8 @@ def combine_kernel(
 
 def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
     """Neighbouring queries that one program can take."""
-    return max(1, TILE_ROWS // triton.next_power_of_2(num_heads // num_kv_heads))
+    heads_together: int = triton.next_power_of_2(num_heads // num_kv_heads)
+    return max(1, TILE_ROWS // heads_together)
 
 
 def splits_for(num_tiles: int, num_kv_heads: int) -> int:
@@ -171,7 +176,7 @@ def paged_attention(
     Args:
         q: heads of a token side by side; tokens may lie further apart.
         positions: (num_tokens,) int32.
-        batch: `tiles` must be there; a tile of no queries is passed over, and its rows of `out` are undefined.
+        batch: with tiles; one of no queries is passed over, and its rows of `out` are undefined.
         k_cache, v_cache: of one layer, this step's keys and values stored.
         one_query_a_tile: as in a step that only decodes: then contexts may be split.
     """

@@ -1,9 +1,9 @@
-"""The parts of a decoder's layer between its products, on CUDA, each in one launch: norm with the residual,
-rotation with the store into the cache, gated activation.
+"""The parts of a decoder's layer between its products, on CUDA, each in one launch: norm with the
+residual, rotation with the store into the cache, gated activation.
 
-Triton twins of what `model_store/decoder.py` says in plain torch, equal up to rounding: they round where torch
-does, but sum in another order, and rotate in float32. Nothing depends on the host but addresses, so that a CUDA
-graph may hold them.
+Triton twins of what `model_store/decoder.py` says in plain torch, equal up to rounding: they round where
+torch does, but sum in another order, and rotate in float32. Nothing depends on the host but addresses, so
+that a CUDA graph may hold them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def norm_kernel(
     tl.store(out + at, (scaled.to(tl.float32) * w.to(tl.float32)).to(x.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])  # else compiled anew for many steps
 def rotate_kernel(
     qkv,  # (num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, 2 * HALF); the queries are rotated in place
     positions,  # int32*: (num_tokens,)

@@ -1,16 +1,17 @@
 """What a model with a table does on a GPU: `python -m load_tests.cuda [--model GGUF]`, or `make bench-cuda`
 
-The engine itself, in process, without HTTP: decode steps of 1 to 128 sequences by CUDA graphs and by single
-launches, and the time to the first token of prompts of 2,000 tokens; without a table, and with one whose rows
-lie in device memory, in RAM, on disk in the page cache, and on disk with the page cache dropped before each
-run. Rows are random, 1M of SmolLM2's 576 values unless told otherwise; keys are counted from made-up text with
-the skew of real text. Without `--model`, weights of SmolLM2-135M's shape are random, which costs the same time.
-So that f-grams are met as in text, sequences are made to follow it: one more small launch a step, table or not.
+The engine itself, in process, without HTTP: decode steps of 1 to 128 sequences by CUDA graphs and by
+single launches, and the time to the first token of prompts of 2,000 tokens; without a table, and with one
+whose rows lie in device memory, in RAM, on disk in the page cache, and on disk with the page cache dropped
+before each run. Rows are random, 1M of SmolLM2's 576 values unless told otherwise; keys are counted from
+made-up text with the skew of real text. Without `--model`, weights of SmolLM2-135M's shape are random, which
+costs the same time. So that f-grams are met as in text, sequences are made to follow it: one more small
+launch a step, table or not.
 
-`step_ms` is what a step takes, from scheduling to the last delta; `graph_ms` its replay alone, on the device;
-`period_ms` what passes from one token of a sequence to its next. Medians. transformers' `generate` is measured
-beside, with weights of the same shape, where it is installed. A part that fails says why and the rest goes on.
-The last line is one JSON object; each part's figures are printed when they are known.
+`step_ms` is what a step takes, from scheduling to the last delta; `graph_ms` a replay alone, on the device,
+with empty contexts; `period_ms` what passes from one token of a sequence to its next. Medians. transformers'
+`generate` is measured beside, with weights of the same shape, where it is installed. A part that fails says
+why and the rest goes on. Figures are printed when they are known; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,7 +103,7 @@ class Texts:
 
 
 class TextFollower(ModelRunner):
-    """Makes the next token of its text each sequence's likeliest; mixed in before the runner that computes."""
+    """Makes the next token of its text each sequence's likeliest; mixed in before what computes."""
 
     texts: Texts
 
@@ -176,6 +178,11 @@ class Bench:
             engine.start()
         return self.engines[name]
 
+    def start(self, name: str) -> str:
+        """Starts an engine; says what computes there."""
+        self.engine(name)
+        return self.runners[name].backend
+
     def _runner(self, config: EngineConfig, device: Device) -> ModelRunner:
         if self.device.type == "cuda" and config.backend == "auto":
             from scone.server.engine.cuda_runner import CudaRunner
@@ -191,7 +198,7 @@ class Bench:
         return PlainRunner(self.decoder, config)
 
     def use(self, engine: Engine, table: str) -> FGramTable | None:
-        """Gives the engine this kind of table, newly opened: the page cache keeps what somebody has mapped."""
+        """Gives the engine this kind of table, newly opened: the page cache keeps what is mapped."""
         self._swap(engine, None)
         config = TABLES[table]
         if config is None:
@@ -221,9 +228,10 @@ class Bench:
     def generate(
         self, engine: Engine, num_seqs: int, prompt_tokens: int, num_tokens: int
     ) -> dict[str, float]:
-        """Submits equal requests at once and waits for all: seconds to the first token of all, and from then on."""
+        """Equal requests, submitted at once: seconds until all have their first token, and from then on."""
         self.times.num_seqs, self.times.seconds = num_seqs, []
-        firsts, ends = {}, []
+        firsts: dict[str, float] = {}
+        ends: list[tuple[float, str | None]] = []
         is_over = threading.Event()
 
         def on_delta(name: str, delta: Delta) -> None:
@@ -240,9 +248,9 @@ class Bench:
             request = GenerationRequest(
                 request_id=name, input_ids=self.texts.prompt(prompt_tokens), sampling=sampling
             )
-            requests.append((request, lambda delta, name=name: on_delta(name, delta)))
+            requests.append((request, partial(on_delta, name)))
         began = time.perf_counter()
-        engine.submit_batch(requests)  # type: ignore[arg-type]
+        engine.submit_batch(requests)
         if not is_over.wait(60):
             raise TimeoutError("the requests did not end within 60 s")
         errors = [error for _, error in ends if error]
@@ -289,12 +297,14 @@ class Bench:
         return ms if opened is None else ms | {"resident": resident}
 
     def graph_times(self) -> dict[str, float]:
-        """Milliseconds of a replay alone, on the device; contexts of one block."""
+        """Milliseconds of a replay alone, on the device; contexts are empty."""
         self.engine("graphs")
-        graphs: Any = self.runners["graphs"]._graphs  # type: ignore[attr-defined]
+        runner: Any = self.runners["graphs"]
+        graphs = runner._graphs
         result = {}
         with torch.inference_mode():
             for size in graphs.sizes:
+                runner._prepare_padding(size)
                 events = [torch.cuda.Event(enable_timing=True) for _ in range(31)]  # type: ignore[no-untyped-call]
                 for event in events:
                     event.record()
@@ -459,25 +469,22 @@ def main() -> None:
         print(f"model: {bench.weights}, {time.monotonic() - began:.1f} s", flush=True)
         kinds = ["graphs", "eager"] if args.device == "cuda" else ["torch"]
         for kind in kinds:
-            report.take("start", kind, lambda kind=kind: bench.engine(kind) and None)  # type: ignore[misc]
+            report.take("start", kind, partial(bench.start, kind))
         if args.device == "cuda":
             report.take("graph_ms", "by_size", bench.graph_times)
         if set(args.tables) != {"none"}:
-            report.take("start", "table", lambda: str(bench.table_path) and {"rows": args.rows})
+            report.take("start", "table", lambda: {"rows": args.rows, "path": bench.table_path.name})
         if "decode" in args.parts:
-            for kind, table in [(k, "none") for k in kinds] + [
-                (kinds[0], t) for t in args.tables if t != "none"
-            ]:
-                for n in args.seqs:
-                    report.take(
-                        f"decode {kind} {table}", str(n), lambda k=kind, t=table, n=n: bench.decode(k, t, n)
-                    )  # type: ignore[misc]
+            pairs = [(kind, "none") for kind in kinds] + [(kinds[0], t) for t in args.tables if t != "none"]
+            for kind, table in pairs:
+                for num in args.seqs:
+                    report.take(f"decode {kind} {table}", str(num), partial(bench.decode, kind, table, num))
         if "first_token" in args.parts:
             for table in args.tables:
-                report.take("first_token", table, lambda t=table: bench.first_token(kinds[0], t, 5))  # type: ignore[misc]
+                report.take("first_token", table, partial(bench.first_token, kinds[0], table, 5))
         if "transformers" in args.parts and args.device == "cuda":
-            for n in (1, 8, 32):
-                report.take("transformers", str(n), lambda n=n: transformers_decode(n, args.tokens))  # type: ignore[misc]
+            for num in (1, 8, 32):
+                report.take("transformers", str(num), partial(transformers_decode, num, args.tokens))
         bench.close()
     result = {
         "benchmark": "cuda",

@@ -145,7 +145,7 @@ ENGINE_SETTINGS = (
         name="backend",
         default=_ENGINE.backend,
         choices=("auto", "native", "triton", "torch"),
-        help="what computes: native kernels (CPU), Triton's (CUDA) or torch; auto is the first that can be used",
+        help="what computes: native kernels (CPU), Triton's (CUDA), torch; auto is the first that there is",
     ),
     Setting(
         name="enforce_eager",

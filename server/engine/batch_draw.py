@@ -1,8 +1,8 @@
 """The sampler's choice for a whole batch in a few launches, for a device that the host talks to rarely.
 
-Its slow twin is the loop over rows in `sampler.sample`: the same tokens, up to rounding of probabilities. A row's
-token depends on its own logits, parameters and number alone: rows that are sorted and rows that are not are
-drawn from apart.
+Its slow twin is `sampler.choose_each`: the same tokens, up to rounding of probabilities. A row's token
+depends on its own logits, parameters and number alone: rows that are sorted and rows that are not are drawn
+from apart.
 """
 
 from __future__ import annotations

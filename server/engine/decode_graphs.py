@@ -1,7 +1,7 @@
 """CUDA graphs of the forward pass of steps that decode: a graph for each of a few batch sizes.
 
-A step of one token each is padded up to the next size. All graphs share one pool of memory, since only one runs
-at a time, and read fixed addresses; they are captured at start-up, the largest first.
+A step of one token each is padded up to the next size. All graphs share one pool of memory, since only one
+runs at a time, and read fixed addresses; they are captured at start-up, the largest first.
 """
 
 from __future__ import annotations

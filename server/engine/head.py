@@ -35,7 +35,7 @@ def score_prompt(runner: Runner, run: RequestRun, chunk: Chunk, hidden: Tensor) 
 def sample_tokens(
     runner: Runner, hidden: Tensor, wanted: Sequence[tuple[SamplerState, int]]
 ) -> list[SampledToken]:
-    """The next token of each sequence, from its last hidden state: which row of `hidden` (num_tokens, dim)."""
+    """The next token of each sequence, from its last hidden state: a row of `hidden` (num_tokens, dim)."""
     if not wanted:
         return []
     restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]

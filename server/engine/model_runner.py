@@ -218,12 +218,18 @@ class ModelRunner:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since masked keys are multiplied by zero and garbage could be NaN.
+    """Zeros, since masked keys are multiplied by zero and garbage could be NaN; SettingError without room.
 
     On a CPU they are pages that the kernel zeroes when first used, where torch would write them all now.
     """
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            raise SettingError(
+                f"the KV cache of {math.prod(shape) * dtype.itemsize} bytes does not fit on {device}"
+                " beside the model: lower kv_cache_bytes"
+            ) from None
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 

@@ -1,8 +1,8 @@
 """What a step tells the device besides rows: token ids, positions, slots, tiles, block tables.
 
-One pinned buffer and one asynchronous copy a step, to addresses that a CUDA graph may hold. The copy is queued in
-the model's own order of work, so that it overwrites nothing that an earlier step still reads; before the host
-writes a buffer again it waits until the copy from it has run.
+One pinned buffer and one asynchronous copy a step, to addresses that a CUDA graph may hold. The copy is
+queued in the model's own order of work, so that it overwrites nothing that an earlier step still reads;
+before the host writes a buffer again it waits until the copy from it has run.
 """
 
 from __future__ import annotations
@@ -164,11 +164,12 @@ class StepInputs:
         self, buffer: _Buffer, seqs: NDArray[np.int64], positions: NDArray[np.integer]
     ) -> NDArray[np.integer]:
         size = self._block_size
-        return buffer.tables[seqs, positions // size] * size + positions % size
+        block_ids: NDArray[np.int32] = buffer.tables[seqs, positions // size]
+        return block_ids * size + positions % size
 
 
 def _parts(values: _Values, num_tokens: int, num_tiles: int) -> tuple[_Values, _Values]:
-    """The last values as (3, num_tokens): ids, positions, slots; and (3, num_tiles), see `PagedBatch.tiles`."""
+    """The last values as (3, num_tokens): ids, positions, slots; and (3, num_tiles): `PagedBatch.tiles`."""
     begin = len(values) - 3 * (num_tokens + num_tiles)
     middle = begin + 3 * num_tokens
     return values[begin:middle].reshape(3, num_tokens), values[middle:].reshape(3, num_tiles)

@@ -1,4 +1,4 @@
-"""The forward pass on CUDA: torch's products, Triton between them (kernels/triton_layer.py, triton_attention.py).
+"""The forward pass on CUDA: torch's products, and between them Triton (kernels/triton_*.py).
 
 Ten launches a layer where plain torch needs some fifty. Its oracle is `TorchForward`, which runs on CUDA too
 (`--backend torch`).
@@ -29,13 +29,14 @@ class _Map:
     @classmethod
     def of(cls, parts: Sequence[nn.Linear]) -> _Map:
         """Their weights become views of the new one, so that no second copy is held."""
-        weight = torch.cat([part.weight for part in parts])
+        weights: list[Tensor] = [part.weight for part in parts]
+        weight = torch.cat(weights)
         begin = 0
         for part in parts:
             end = begin + len(part.weight)
             part.weight = nn.Parameter(weight[begin:end], requires_grad=False)
             begin = end
-        biases = [part.bias for part in parts if part.bias is not None]
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
         assert len(biases) in (0, len(parts)), "either all of these maps have a bias or none has"
         return cls(weight, torch.cat(biases) if biases else None)
 

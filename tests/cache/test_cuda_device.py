@@ -1,4 +1,7 @@
-"""Staging on a GPU: rows arrive whole whichever stream is late, and no synchronisation is idle. `make test-cuda`."""
+"""Staging on a GPU: rows arrive whole whichever stream is late, and no synchronisation is idle.
+
+`make test-cuda` runs this.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def read_rows(row_ids: NDArray[np.int64], out: Tensor) -> None:
 
 def look_at(rows: Tensor, places: Tensor, out: Tensor) -> None:
     """The model: a row and its place belong together."""
-    torch.where(places[: len(rows), None] == 10 * rows, rows, torch.nan, out=out)
+    out.copy_(torch.where(places[: len(rows), None] == 10 * rows, rows, torch.nan))
 
 
 def num_wrong_steps(device: CudaDevice, num_steps: int, ahead: int = 2) -> int:
@@ -115,7 +118,7 @@ def test_a_copy_runs_beside_the_model() -> None:
     ring = StagingRing(device, NUM_ROWS, DIM, torch.float32)
     device.launch(lambda: torch.cuda._sleep(100_000_000))  # type: ignore[no-untyped-call]
     step = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    step.record()  # type: ignore[no-untyped-call]
+    step.record()
     ids = np.arange(NUM_ROWS)
     slot = ring.fill(ids, ids, partial(read_rows, ids))
     assert slot is not None

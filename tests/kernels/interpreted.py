@@ -13,7 +13,7 @@ class _IsInt(type):
 
 
 class OneValue(int, metaclass=_IsInt):
-    """`int`, also of an array of one element, which NumPy refuses from 2.4 on and Triton 3.6's interpreter needs."""
+    """`int`, also of an array of one element: refused by NumPy from 2.4 on, needed by Triton 3.6."""
 
     def __new__(cls, value: Any) -> int:  # type: ignore[misc]
         return int(np.asarray(value).item())

@@ -148,7 +148,7 @@ def test_rotation_and_store_are_the_decoders(
     angles = torch.rand(10, head_dim // 2, device=device) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     norms = None
-    q, k, v = qkv.clone().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = torch.split(qkv.clone(), [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if has_norms:
         q_norm, k_norm = (
             RMSNorm(head_dim, 1e-5).to(dtype).to(device).requires_grad_(False) for _ in range(2)

@@ -1,5 +1,5 @@
-"""The Triton kernels: equal to their oracles bit for bit in Triton's interpreter and on a GPU; they compile for
-real GPUs.
+"""The Triton kernels of the look-up: equal to their oracles bit for bit in Triton's interpreter and on a GPU;
+they compile for real GPUs.
 
 `make test-triton` installs Triton (1 GB) into a folder of its own and runs this; `make test-cuda` too.
 """

@@ -108,11 +108,9 @@ def test_a_graphs_states_are_the_eager_ones(
     dict_table.slow = set()
 
     def logprobs(**config: Any) -> list[list[float]]:
-        world = on_cuda(dict_table, dtype=dtype, **config)
-        outcomes = [
-            world.add(random_prompt(seed, 9), max_tokens=12, logprobs=0, allowed_token_ids=None)
-            for seed in range(num_seqs)
-        ]
+        # the prompts go through in one step, so that all that follow are full batches
+        world = on_cuda(dict_table, dtype=dtype, max_num_batched_tokens=128, **config)
+        outcomes = [world.add(random_prompt(seed, 9), max_tokens=12, logprobs=0) for seed in range(num_seqs)]
         world.run()
         return [o.logprobs() for o in outcomes]
 
@@ -171,7 +169,7 @@ def test_rows_of_every_tier_give_the_same_tokens(
 
 
 def test_nothing_is_allocated_by_the_device_while_decoding(on_cuda: MakeWorld, dict_table: DictTable) -> None:
-    """No memory is asked of CUDA; of torch's pool, the same few tensors each step: logits and what picks tokens."""
+    """No memory is asked of CUDA; of torch's pool, a few tensors a step: logits and what picks tokens."""
     dict_table.slow = set()
     world = on_cuda(dict_table)
     for seed in range(8):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def run_on(device: SimDevice) -> list[list[int]]:
     for number in range(40):
         step = inputs.put([chunk(number % 30, 1 + number % 4, list(range(10)), 100 * number)])
         out = torch.zeros(4, dtype=torch.int32)
-        device.launch(lambda ids=step.input_ids, out=out: out[: len(ids)].copy_(ids))
+        device.launch(partial(out[: len(step.input_ids)].copy_, step.input_ids))
         seen.append(out)
     device.drain()
     return [out.tolist() for out in seen]
