@@ -77,11 +77,11 @@ test-triton: $(VENV)/.test links ## check the Triton kernels without a GPU (inst
 in-place: links # the package as it lies here, its native kernels built for PYTHON, with what that has installed
 	$(PYTHON) setup.py -q build_ext --inplace
 
-test-cuda: in-place ## check everything that needs a GPU, with PYTHON, which brings torch for CUDA, Triton and pytest
-	$(IN_PLACE) -m pytest -q -m gpu -p no:cacheprovider $(CUDA_TESTS)
+test-cuda: in-place ## check what needs a GPU, with PYTHON, which brings torch for CUDA, Triton and pytest (OPTIONS: pytest's)
+	$(IN_PLACE) -m pytest -q -m gpu -k 'not interpreted and not compile_for' $(OPTIONS) $(CUDA_TESTS)
 
-bench-cuda: in-place ## measure decoding and prefill on a GPU (minutes), with PYTHON; the last line is JSON
-	$(IN_PLACE) -m load_tests.cuda $(if $(wildcard $(DEMO_GGUF)),--model $(DEMO_GGUF))
+bench-cuda: in-place ## measure decoding and prefill on a GPU (minutes), with PYTHON (OPTIONS: see load_tests/cuda.py)
+	$(IN_PLACE) -m load_tests.cuda --work build/cuda $(if $(wildcard $(DEMO_GGUF)),--model $(DEMO_GGUF)) $(OPTIONS)
 
 test-ray: $(VENV)/.test links ## count and embed on Ray Data and compare with the local path (installs Ray, minutes)
 	@$(BIN)/python -c 'import ray.data' 2>/dev/null || $(PIP) 'ray[data]>=2.40'

@@ -184,7 +184,7 @@ def test_nothing_is_allocated_by_the_device_while_decoding(on_cuda: MakeWorld, d
     from_pool = (after["allocation.all.allocated"] - before["allocation.all.allocated"]) / 50
     print(f"per decode step: {asked / 50} allocations by CUDA, {from_pool:.1f} from torch's pool")
     assert asked == 0
-    assert from_pool <= 12
+    assert from_pool <= 24
     assert after["allocated_bytes.all.current"] == before["allocated_bytes.all.current"]
     world.run()
 
@@ -240,4 +240,4 @@ def test_restored_blocks_give_the_same_tokens(
     world = on_cuda(dict_table, store, max_num_batched_tokens=16)
     counting = counted(world)
     assert answers(world) == expected
-    assert counting.num_restored >= 88 + 56
+    assert counting.num_restored >= 64
