@@ -26,10 +26,15 @@ SERVE := $(BIN)/scone serve --model $(MODEL) $(if $(TABLE),--table $(TABLE)) --h
 # The package with kernels that watch themselves, beside the real one.
 SANITIZED := build/sanitized/lib
 
+# What needs a GPU is run from the tree, since a host with one mostly has a Python with all that is large.
+IN_PLACE   := PYTHONPATH=.types:. $(PYTHON)
+CUDA_TESTS := tests/kernels/test_triton_kernels.py tests/kernels/test_triton_decoder.py \
+              tests/cache/test_cuda_device.py tests/server/engine/test_cuda_engine.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton test-ray test-clients check bench bench-rivals docker-lint promtool links clean
+.PHONY: help install serve test test-heavy test-lookups test-sanitized test-openapi test-triton in-place test-cuda bench-cuda test-ray test-clients check bench bench-rivals docker-lint promtool links clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -66,7 +71,17 @@ test-clients: $(VENV)/.test $(DEMO_GGUF) links ## drive a server with lm-eval an
 
 test-triton: $(VENV)/.test links ## check the Triton kernels without a GPU (installs Triton, 1 GB, in a folder of its own)
 	@test -d .venv-triton/triton || $(PIP) --no-deps --target .venv-triton 'triton>=3.4'
-	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m heavy tests/kernels/test_triton_kernels.py
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m heavy tests/kernels/test_triton_kernels.py tests/kernels/test_triton_decoder.py
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton $(BIN)/python -m pytest tests/kernels/test_triton_decoder.py tests/server/engine/test_cuda_runner.py
+
+in-place: links # the package as it lies here, its native kernels built for PYTHON, with what that has installed
+	$(PYTHON) setup.py -q build_ext --inplace
+
+test-cuda: in-place ## check what needs a GPU, with PYTHON, which brings torch for CUDA, Triton and pytest (OPTIONS: pytest's)
+	$(IN_PLACE) -m pytest -q -m gpu -k 'not interpreted and not compile_for' $(OPTIONS) $(CUDA_TESTS)
+
+bench-cuda: in-place ## measure decoding and prefill on a GPU (minutes), with PYTHON (OPTIONS: see load_tests/cuda.py)
+	$(IN_PLACE) -m load_tests.cuda --work build/cuda $(if $(wildcard $(DEMO_GGUF)),--model $(DEMO_GGUF)) $(OPTIONS)
 
 test-ray: $(VENV)/.test links ## count and embed on Ray Data and compare with the local path (installs Ray, minutes)
 	@$(BIN)/python -c 'import ray.data' 2>/dev/null || $(PIP) 'ray[data]>=2.40'

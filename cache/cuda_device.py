@@ -4,19 +4,21 @@ the caller's stream for the model.
 Copies from pinned memory run on the side stream while the model computes; nothing is allocated after
 start-up, so addresses are fixed and the consuming step may be captured in a CUDA graph.
 
-Not run on hardware yet: no GPU was at hand. Its one test is marked `gpu`; the ring's logic is proved on
-SimDevice.
+The ring's logic is proved on SimDevice; `make test-cuda` shows on a GPU that it holds there, and that each
+synchronisation is needed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from scone.cache.device import Buffer, DeviceUsage, Event, Stream
+from scone.cache.errors import CacheError
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +38,14 @@ class CudaDevice:
         return Buffer(self._host_tensor(shape, dtype), memory)
 
     def device_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        memory = torch.empty(shape, dtype=dtype, device=self._device)
+        try:
+            memory = torch.empty(shape, dtype=dtype, device=self._device)
+        except torch.OutOfMemoryError:
+            num_bytes, (free, _) = math.prod(shape) * dtype.itemsize, torch.cuda.mem_get_info(self._device)
+            raise CacheError(
+                f"{num_bytes} bytes of rows do not fit on {self._device}, where {free} are free: lower"
+                " device_bytes"
+            ) from None
         self.usage.table_bytes += memory.nbytes
         return memory
 

@@ -2,7 +2,7 @@
 
 They need no staging: a step sends their ids, and the device gathers, decodes and lays them itself; on CUDA
 with Triton in one kernel (kernels/triton_gather.py), elsewhere with torch. Loaded when the table meets its
-device, each page checked. On CUDA this has not been run yet.
+device, each page checked.
 """
 
 from __future__ import annotations

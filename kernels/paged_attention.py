@@ -25,13 +25,15 @@ class PagedBatch:
         query_starts: (num_seqs + 1,) int32.
         context_lens: (num_seqs,) int32, this step's tokens included.
         block_tables: (num_seqs, max_blocks) int32; what lies past the context is never read.
-        slots: (num_tokens,) int64, where this step's keys and values go.
+        slots: (num_tokens,) integers, where this step's keys and values go.
+        tiles: (3, num_tiles) int32, for kernels that run by tiles: sequence, first query, number of queries.
     """
 
     query_starts: Tensor
     context_lens: Tensor
     block_tables: Tensor
     slots: Tensor
+    tiles: Tensor | None = None
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -2,7 +2,7 @@
 match, fetch its row from wherever it lies, host memory that the device can read included.
 
 Triton twin of kernels/match.py, equal to it bit for bit. Tested in Triton's interpreter and compiled for
-sm_80, sm_90 and sm_100; not run on hardware, and not used by the server, which matches on the host.
+sm_80, sm_90 and sm_100, and by `make test-cuda` on a GPU; not used by the server, which matches on the host.
 """
 
 from __future__ import annotations

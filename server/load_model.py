@@ -84,6 +84,8 @@ class ModelLoader:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         device = model_device(settings.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: Triton compiles and launches for it
         dtype = model_dtype(settings.dtype, device)
         with self._phase("checkpoint", f"opening {settings.model}"):
             checkpoint = open_checkpoint(settings.model)

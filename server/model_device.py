@@ -1,7 +1,7 @@
 """Where a model runs and in which type, from the settings `device` and `dtype`.
 
 `auto` is the first CUDA device if torch sees one, in bfloat16 as SCONE models are trained, else the CPU in
-float32. No CUDA device has been at hand: only what is refused, and the CPU, have been run.
+float32.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ class PacedModel:
 
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
-    ) -> list[Tensor]:
-        """Hidden states (n, 1) of each chunk: the token that follows, where one is to be sampled."""
+    ) -> Tensor:
+        """Hidden states (n, 1): the token that follows, where one is to be sampled."""
         num_decode = sum(chunk.num_tokens == 1 for chunk in chunks)
         seconds = self._decode_seconds if num_decode else 0.0
         self._device.compute(seconds + (len(embeddings) - num_decode) / self._prefill_speed)
@@ -129,7 +129,7 @@ class PacedModel:
             end += chunk.num_tokens
             if chunk.reaches_end:
                 next_tokens[end - 1, 0] = self._texts[chunk.seq.arrival][chunk.start + chunk.num_tokens]
-        return list(torch.split(self._next_tokens[:end], [chunk.num_tokens for chunk in chunks]))
+        return self._next_tokens[:end]
 
     def logits(self, hidden: Tensor) -> Tensor:
         self._device.finish()

@@ -144,8 +144,14 @@ ENGINE_SETTINGS = (
     Setting(
         name="backend",
         default=_ENGINE.backend,
-        choices=("auto", "native", "torch"),
-        help="what computes: native kernels or torch; auto is native on a CPU, if it was built",
+        choices=("auto", "native", "triton", "torch"),
+        help="what computes: native kernels (CPU), Triton's (CUDA), torch; auto is the first that there is",
+    ),
+    Setting(
+        name="enforce_eager",
+        kind=parse_bool,
+        default=_ENGINE.enforce_eager,
+        help="on CUDA, launch the kernels of each step one by one instead of running CUDA graphs",
     ),
     Setting(
         name="deterministic",
@@ -270,6 +276,7 @@ def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
             enable_prefix_caching=settings.enable_prefix_caching,
             quantization=settings.quantization,
             backend=settings.backend,
+            enforce_eager=settings.enforce_eager,
             deterministic=settings.deterministic,
         )
     except ValueError as error:

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from scone.cache.device import Device
 from scone.cache.fgram_table import FGramTable
 from scone.cache.recycle_cost import RecycleCost
@@ -19,10 +21,10 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
-from scone.server.engine.model_runner import ModelRunner, Runner
+from scone.server.engine.model_runner import ModelRunner, Runner, choose_backend
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.engine.recycler import Recycler
-from scone.server.engine.row_overlay import RowOverlay
+from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
 
@@ -80,8 +82,12 @@ class Engine:
         model cannot do.
         """
         self.config = config
-        runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
-        self._vocab_size = runner.vocab_size
+        if isinstance(model, Decoder):
+            device = device or staging_device(model.device)
+            runner: Runner = runner_for(model, config, device)
+        else:
+            runner = model
+        self._vocab_size, self._device = runner.vocab_size, runner.device
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self.recycle_cost: RecycleCost | None = None
         if recycled is not None:
@@ -290,6 +296,8 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread: kernels are launched on it
             progressed = True
             while True:
                 with self._changed:
@@ -332,6 +340,15 @@ class Engine:
             threading.Thread(
                 target=_retire, args=(rows, on_retired), name="retire-table", daemon=True
             ).start()
+
+
+def runner_for(decoder: Decoder, config: EngineConfig, device: Device) -> ModelRunner:
+    """What runs a decoder where it lies; `device` copies to there. Raises SettingError."""
+    if choose_backend(decoder, config) == "triton":
+        from scone.server.engine.cuda_runner import CudaRunner  # Triton may not be installed
+
+        return CudaRunner(decoder, config, device)
+    return ModelRunner(decoder, config)
 
 
 def _retire(rows: InputRows | None, on_retired: Callable[[], None]) -> None:

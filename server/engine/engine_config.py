@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["auto", "none", "int8", "int4"]
-Backend = Literal["auto", "native", "torch"]
+Backend = Literal["auto", "native", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,9 @@ class EngineConfig:
         quantization: how linear maps are computed (native backend only): `none` in float32, on weights
             held in the smallest format that keeps every bit of them; `auto` with inputs rounded as well
             where a quantised checkpoint stored weights in 8 or 4 bits, else as `none`.
-        backend: `native` kernels or plain `torch`; `auto` is native on a CPU where it was built.
+        backend: `native` kernels on a CPU, `triton` kernels on CUDA, or plain `torch`; `auto` is the first
+            that can be used.
+        enforce_eager: CUDA launches the kernels of each step one by one, where it would run a graph of them.
         deterministic: refuse to start unless the same request gives the same tokens and
             log-probabilities alone, in any batch, and with a cold or warm prefix cache (docs/engine.md).
         num_threads: threads of the native kernels; 0 takes torch's number.
@@ -43,6 +45,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     quantization: Quantization = "auto"
     backend: Backend = "auto"
+    enforce_eager: bool = False
     deterministic: bool = False
     num_threads: int = 0
 

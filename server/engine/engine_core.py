@@ -257,9 +257,11 @@ class EngineCore:
         if not chunks:
             return
         ranges = [self._generations[c.seq].run.layers for c in chunks]
-        parts = self._runner.forward_each(chunks, embeddings, ranges)
-        sampling: list[tuple[Generation, Tensor]] = []
-        for chunk, part in zip(chunks, parts, strict=True):
+        hidden = self._runner.forward_each(chunks, embeddings, ranges)
+        sampling: list[tuple[Generation, int]] = []
+        end = 0
+        for chunk in chunks:
+            begin, end = end, end + chunk.num_tokens
             generation = self._generations[chunk.seq]
             scheduler.commit(self.state, chunk)
             if num_new := generation.run.count_prompt_tokens(chunk.seq.num_computed_tokens):
@@ -267,14 +269,14 @@ class EngineCore:
             if generation.rows is not None and generation.rows.reads:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if self.recycler is not None and chunk.start < len(generation.run.request.input_ids):
-                self.recycler.keep(generation, chunk, part)
+                self.recycler.keep(generation, chunk, hidden[begin:end])
             if generation.needs_prompt_logits:
-                score_prompt(self._runner, generation.run, chunk, part)
+                score_prompt(self._runner, generation.run, chunk, hidden[begin:end])
             if generation.run.pooler is not None:
-                self._pool(generation, generation.run.pooler, chunk, part)
+                self._pool(generation, generation.run.pooler, chunk, hidden[begin:end])
             elif chunk.reaches_end:
-                sampling += [(g, part[-1]) for g in self._fork(generation)]
-        self._sample(sampling)
+                sampling += [(g, end - 1) for g in self._fork(generation)]
+        self._sample(hidden, sampling)
 
     def _pool(self, generation: Generation, pooler: Pooler, chunk: Chunk, hidden: Tensor) -> None:
         pooler.add(chunk.start, hidden)
@@ -315,16 +317,17 @@ class EngineCore:
         self._runner.copy_blocks(copies)
         return started
 
-    def _sample(self, sampling: list[tuple[Generation, Tensor]]) -> None:
+    def _sample(self, hidden: Tensor, sampling: list[tuple[Generation, int]]) -> None:
+        """The next tokens of sequences, each from its row of `hidden` (num_tokens, dim)."""
         finished: list[tuple[Generation, Delta]] = []
         deltas: list[tuple[Generation, Delta]] = []
         wanted = []
-        for generation, hidden in sampling:
+        for generation, row in sampling:
             if generation.run.request.sampling.max_tokens == 0:
                 finished.append((generation, generation.delta(reason="length")))
             else:
-                wanted.append((generation, hidden))
-        tokens = sample_tokens(self._runner, [(g.sampler, hidden) for g, hidden in wanted])
+                wanted.append((generation, row))
+        tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
         now = time.monotonic()
         for (generation, _), token in zip(wanted, tokens, strict=True):
             if token.token_id is None and generation.seq in self._generations:

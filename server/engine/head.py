@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scone.server.engine.batch_draw import to_device
 from scone.server.engine.generation import RequestRun
 from scone.server.engine.model_runner import Runner
 from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
@@ -31,17 +32,21 @@ def score_prompt(runner: Runner, run: RequestRun, chunk: Chunk, hidden: Tensor) 
         run.prompt_logprobs[first : first + len(ids)] = token_logprobs(logits, ids, [num_top] * len(ids))
 
 
-def sample_tokens(runner: Runner, wanted: Sequence[tuple[SamplerState, Tensor]]) -> list[SampledToken]:
-    """The next token of each sequence, from its last hidden state (dim,)."""
+def sample_tokens(
+    runner: Runner, hidden: Tensor, wanted: Sequence[tuple[SamplerState, int]]
+) -> list[SampledToken]:
+    """The next token of each sequence, from its last hidden state: a row of `hidden` (num_tokens, dim)."""
     if not wanted:
         return []
     restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]
-    hidden = torch.stack([h for _, h in wanted])
+    places = [row for _, row in wanted]
+    if places != list(range(len(hidden))):
+        hidden = hidden.index_select(0, to_device(torch.tensor(places), hidden.device))
     if not any(restricted):
         logits = runner.logits(hidden)
     else:
         rows = [i for i, ids in enumerate(restricted) if ids is None]
-        logits = torch.empty(len(wanted), runner.vocab_size)
+        logits = torch.empty(len(wanted), runner.vocab_size, device=runner.device)
         if rows:
             logits[rows] = runner.logits(hidden[rows])
         for i, ids in enumerate(restricted):

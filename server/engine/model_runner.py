@@ -5,6 +5,8 @@ Knows neither requests nor sampling.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -25,6 +27,8 @@ from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
 from scone.server.engine.torch_forward import TorchForward
 from scone.server.errors import SettingError
+
+logger = logging.getLogger(__name__)
 
 ALL_LAYERS = LayerRange()
 
@@ -67,7 +71,7 @@ class Runner(Protocol):
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
-    ) -> list[Tensor]: ...
+    ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
@@ -90,7 +94,7 @@ class ModelRunner:
 
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
-        backend: `native` or `torch`.
+        backend: `native`, `triton` or `torch`.
         block_form: in which form blocks are kept, and why.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
@@ -102,17 +106,8 @@ class ModelRunner:
         self.block_size = config.block_size
         shape = decoder.config
         self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers
-        self.backend = _choose_backend(decoder, config)
-        self._forward: Forward = (
-            NativeForward(
-                decoder,
-                config.quantization,
-                config.num_threads or torch.get_num_threads(),
-                config.max_model_len,
-            )
-            if self.backend == "native"
-            else TorchForward(decoder)
-        )
+        self.backend = choose_backend(decoder, config)
+        self._forward = _make_forward(self.backend, decoder, config)
         self.dtype = torch.float32 if self.backend == "native" else decoder.dtype
         block_bytes = shape.kv_bytes_per_token // 4 * self.dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
@@ -161,11 +156,11 @@ class ModelRunner:
 
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
-    ) -> list[Tensor]:
-        """Hidden states (num_tokens, dim) of each chunk, through its layers: one pass for equal ranges."""
-        sizes = [c.num_tokens for c in chunks]
+    ) -> Tensor:
+        """Hidden states (num_tokens, dim), each chunk's through its layers: one pass for equal ranges."""
         if len(set(ranges)) == 1:
-            return list(torch.split(self.forward(chunks, embeddings, ranges[0]), sizes))
+            return self.forward(chunks, embeddings, ranges[0])
+        sizes = [c.num_tokens for c in chunks]
         parts = list(torch.split(embeddings, sizes))
         for layers in set(ranges):
             places = [i for i, r in enumerate(ranges) if r == layers]
@@ -173,7 +168,7 @@ class ModelRunner:
             hidden = self.forward([chunks[i] for i in places], group, layers)
             for i, part in zip(places, torch.split(hidden, [sizes[i] for i in places]), strict=True):
                 parts[i] = part
-        return parts
+        return torch.cat(parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
@@ -182,8 +177,8 @@ class ModelRunner:
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, vocab_size) float32; only the head rows of `token_ids` are computed, the rest is -inf."""
         logits = torch.full((len(hidden), self.vocab_size), -torch.inf, device=self.device)
-        logits[:, list(token_ids)] = self._forward.logits_of(hidden, token_ids)
-        return logits
+        ids = torch.tensor(token_ids, device=self.device)
+        return logits.index_copy_(1, ids, self._forward.logits_of(hidden, token_ids))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers."""
@@ -223,22 +218,45 @@ class ModelRunner:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since masked keys are multiplied by zero and garbage could be NaN.
+    """Zeros, since masked keys are multiplied by zero and garbage could be NaN; SettingError without room.
 
     On a CPU they are pages that the kernel zeroes when first used, where torch would write them all now.
     """
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            raise SettingError(
+                f"the KV cache of {math.prod(shape) * dtype.itemsize} bytes does not fit on {device}"
+                " beside the model: lower kv_cache_bytes"
+            ) from None
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:
-    """`native` wherever it can run, unless the settings say otherwise."""
+def _make_forward(backend: str, decoder: Decoder, config: EngineConfig) -> Forward:
+    if backend == "native":
+        num_threads = config.num_threads or torch.get_num_threads()
+        return NativeForward(decoder, config.quantization, num_threads, config.max_model_len)
+    if backend == "triton":
+        from scone.server.engine.triton_forward import TritonForward  # Triton may not be installed
+
+        return TritonForward(decoder, config.max_model_len)
+    return TorchForward(decoder)
+
+
+def choose_backend(decoder: Decoder, config: EngineConfig) -> str:
+    """`native` or `triton` wherever it can run, unless the settings say otherwise; raises SettingError."""
+    device = decoder.device.type
+    why_not_triton = None if device == "cuda" else f"the model is on {device}"
+    if why_not_triton is None and importlib.util.find_spec("triton") is None:
+        why_not_triton = "Triton is not installed (pip install 'scone-serve[cuda]')"
+    if config.backend == "triton" and why_not_triton is not None:
+        raise SettingError(f"backend triton needs a CUDA device and Triton, but {why_not_triton}")
     why_not = None
     if native is None:
         why_not = "the native extension was not built"
-    elif decoder.device.type != "cpu":
-        why_not = f"the model is on {decoder.device.type}"
+    elif device != "cpu":
+        why_not = f"the model is on {device}"
     elif decoder.config.head_dim % 8:
         why_not = f"the model's head_dim is {decoder.config.head_dim}, not a multiple of 8"
     if config.backend == "torch":
@@ -252,4 +270,10 @@ def _choose_backend(decoder: Decoder, config: EngineConfig) -> str:
     ):
         if needed:
             raise SettingError(f"{name} needs the native CPU kernels, but {why_not}")
+    if device == "cuda" and config.backend != "torch":
+        if why_not_triton is None:
+            return "triton"
+        logger.warning(
+            "%s: plain torch computes, several times slower and without CUDA graphs", why_not_triton
+        )
     return "torch"

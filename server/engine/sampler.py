@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scone.server.engine.batch_draw import choose_together
 from scone.server.sequence import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -99,6 +100,19 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
 
     Log-probabilities are those of the model itself, before bias, penalties and temperature.
     """
+    token_ids = choose_together(logits, states) if logits.is_cuda else choose_each(logits, states)
+    logprobs: list[TokenLogprob | None] = [None] * len(states)
+    rows = [r for r, s in enumerate(states) if s.params.logprobs is not None and token_ids[r] is not None]
+    if rows:
+        chosen = [t for r in rows if (t := token_ids[r]) is not None]
+        num_top = [states[r].params.logprobs or 0 for r in rows]
+        for row, logprob in zip(rows, token_logprobs(logits[rows], chosen, num_top), strict=True):
+            logprobs[row] = logprob
+    return [SampledToken(t, p) for t, p in zip(token_ids, logprobs, strict=True)]
+
+
+def choose_each(logits: Tensor, states: Sequence[SamplerState]) -> list[int | None]:
+    """A token for each row, row by row; None where they are not finite."""
     highest, greedy_ids = logits.max(dim=-1)
     finite = torch.isfinite(highest).tolist()
     token_ids: list[int | None] = greedy_ids.tolist()
@@ -113,14 +127,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
             adjusted = adjusted.clone()
             state.adjust(adjusted)
         token_ids[row] = int(adjusted.argmax()) if state.is_greedy else _draw(adjusted, state)
-    logprobs: list[TokenLogprob | None] = [None] * len(states)
-    rows = [r for r, s in enumerate(states) if s.params.logprobs is not None and token_ids[r] is not None]
-    if rows:
-        chosen = [t for r in rows if (t := token_ids[r]) is not None]
-        num_top = [states[r].params.logprobs or 0 for r in rows]
-        for row, logprob in zip(rows, token_logprobs(logits[rows], chosen, num_top), strict=True):
-            logprobs[row] = logprob
-    return [SampledToken(t, p) for t, p in zip(token_ids, logprobs, strict=True)]
+    return token_ids
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
@@ -128,8 +135,10 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
 
     Only logits reduced over the vocabulary are formed, never a second (n, vocab) array.
     """
-    # Row by row: torch may sum a row in another order when it comes with others.
-    total = torch.stack([torch.logsumexp(row, dim=0) for row in logits]).unsqueeze(1)
+    if logits.is_cuda:
+        total = torch.logsumexp(logits, dim=1, keepdim=True)
+    else:  # row by row: torch may sum a row in another order when it comes with others
+        total = torch.stack([torch.logsumexp(row, dim=0) for row in logits]).unsqueeze(1)
     targets = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
     chosen = (logits.gather(1, targets) - total).squeeze(1).tolist()
     width = min(max(num_top), logits.shape[1])

@@ -1,7 +1,4 @@
-"""The forward pass in plain torch, on any device: the oracle of the native one, and what CUDA runs.
-
-Has been run on a CPU only.
-"""
+"""The forward pass in plain torch, on any device: the oracle of the native one and of Triton's."""
 
 from __future__ import annotations
 

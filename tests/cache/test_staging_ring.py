@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import CpuDevice, Device
+from scone.cache.device import CpuDevice
 from scone.cache.errors import RowReadError
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import Slot, SlotState, StagingRing
@@ -311,23 +311,3 @@ class RingMachine(RuleBasedStateMachine):
 
 RingMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestRingMachine: Any = RingMachine.TestCase
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda_the_model_sees_its_rows() -> None:
-    from scone.cache.cuda_device import CudaDevice
-
-    device: Device = CudaDevice(torch.device("cuda"))
-    ring = StagingRing(device, 4096, DIM, torch.float32)
-    results = []
-    for step in range(200):
-        ids = np.arange(step, step + 4096)
-        slot = fill(ring, ids)
-        assert slot is not None
-        torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]
-        rows, _ = ring.use(slot, ids)
-        results.append((rows[:, 0].clone(), step))
-        ring.release(slot)
-    for result, step in results:
-        assert torch.equal(result.cpu(), torch.arange(step, step + 4096).float())

@@ -1,6 +1,7 @@
-"""The Triton kernels: equal to their oracles bit for bit in Triton's interpreter; they compile for real GPUs.
+"""The Triton kernels of the look-up: equal to their oracles bit for bit in Triton's interpreter and on a GPU;
+they compile for real GPUs.
 
-`make test-triton` installs Triton (1 GB) into a folder of its own and runs this.
+`make test-triton` installs Triton (1 GB) into a folder of its own and runs this; `make test-cuda` too.
 """
 
 from __future__ import annotations
@@ -35,11 +36,24 @@ from scone.kernels import triton_gather, triton_match  # noqa: E402
 
 pytestmark = [
     pytest.mark.heavy,
+    pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter is NumPy
 ]
 DIM = 96
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.fixture(params=["interpreted", "compiled"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run: here, interpreted, and on the GPU if there is one."""
+    if request.param == "interpreted":
+        interpret(triton_gather, monkeypatch)
+        interpret(triton_match, monkeypatch)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", 0)
 
 
 def interpret(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +67,8 @@ def interpret(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec_name", CODECS)
 def test_gathered_rows_are_the_oracles(
-    codec_name: str, dtype: str, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    codec_name: str, dtype: str, out_dtype: torch.dtype, device: torch.device
 ) -> None:
-    interpret(triton_gather, monkeypatch)
     codec = RowCodec(codec_name, dtype, DIM)
     generator = torch.Generator().manual_seed(0)
     # from values that underflow float16 to some that overflow it
@@ -66,7 +79,11 @@ def test_gathered_rows_are_the_oracles(
         values[values == 0] = 1  # the smallest subnormal
     row_ids, places = torch.tensor([3, 19, 0, 7, 7, 12]), torch.tensor([4, 0, 6, 1, 2, 7])
     out, expected = torch.full((2, 8, DIM), 5.0, dtype=out_dtype)
-    triton_gather.launch_gather(triton_gather.gather_kernel, stored, codec, row_ids, places, out)
+    laid = out.to(device)
+    triton_gather.launch_gather(
+        triton_gather.gather_kernel, stored.to(device), codec, row_ids.to(device), places.to(device), laid
+    )
+    out = laid.cpu()
     expected[places] = codec.decode_reference(stored[row_ids]).to(out_dtype)
     assert torch.equal(out.view(BITS[out_dtype]), expected.view(BITS[out_dtype]))
 
@@ -78,9 +95,8 @@ def test_matches_and_rows_are_the_oracles(
     zipf_fgrams: FGramSet,
     write_table: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    interpret(triton_match, monkeypatch)
     fgrams = zipf_fgrams if fp_bits == 64 else _first(zipf_fgrams, 40)
     files = open_table_files(write_table(tmp_path / "t", fgrams, dim=DIM, fp_bits=fp_bits))
     rows = torch.from_numpy(files.read_pages(0, len(files.page_sums))).view(torch.int16).view(-1, DIM)
@@ -89,7 +105,7 @@ def test_matches_and_rows_are_the_oracles(
     tokens[100] = -1
     starts = np.array([0, 150, num])
     expected_rows, expected_lengths = Matcher(files.index).match_last(_windows(tokens.numpy(), starts, 5))
-    row_ids, lengths, out = _match(files.index, rows, tokens, starts)
+    row_ids, lengths, out = _match(files.index, rows, tokens, starts, device)
     np.testing.assert_array_equal(row_ids, expected_rows)
     np.testing.assert_array_equal(lengths, expected_lengths)
     hits = row_ids >= 0
@@ -103,16 +119,16 @@ def test_a_damaged_bucket_is_noticed(
     zipf_fgrams: FGramSet,
     write_table: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    interpret(triton_match, monkeypatch)
     index = open_table_files(write_table(tmp_path / "t", zipf_fgrams, dim=DIM)).index
     damaged = type(index)(
         index.buckets.copy(), index.num_home_buckets, index.seed, index.fp_bits, index.max_n, index.closed
     )
     damaged.buckets["fingerprint"] ^= np.uint64(1 << 40)
     tokens = torch.from_numpy(zipf_tokens[:20].copy())
-    row_ids, _, _ = _match(damaged, torch.zeros(1, DIM, dtype=torch.int16), tokens, np.array([0, 20]))
+    rows = torch.zeros(1, DIM, dtype=torch.int16)
+    row_ids, _, _ = _match(damaged, rows, tokens, np.array([0, 20]), device)
     assert row_ids.tolist() == [-1] + [triton_match.DAMAGED_ROW] * 19
 
 
@@ -147,19 +163,21 @@ def _compile(kernel: Any, types: list[str], constants: dict[str, Any], architect
 
 
 def _match(
-    index: Any, rows: torch.Tensor, tokens: torch.Tensor, starts: NDArray[np.int64]
+    index: Any, rows: torch.Tensor, tokens: torch.Tensor, starts: NDArray[np.int64], device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.int8], torch.Tensor]:
     """Row ids, lengths and rows (7 where there is none) of every position."""
     num, block = len(tokens), 32
-    firsts = torch.from_numpy(np.repeat(starts[:-1], np.diff(starts)))
-    row_ids, lengths = torch.zeros(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int8)
-    out = torch.full((num, DIM), 7, dtype=torch.int16)
+    rows, tokens = rows.to(device), tokens.to(device)
+    firsts = torch.from_numpy(np.repeat(starts[:-1], np.diff(starts))).to(device)
+    row_ids = torch.zeros(num, dtype=torch.int64, device=device)
+    lengths = torch.zeros(num, dtype=torch.int8, device=device)
+    out = torch.full((num, DIM), 7, dtype=torch.int16, device=device)
     triton_match.match_gather_kernel[(triton.cdiv(num, block),)](
         tokens,
         firsts,
-        torch.arange(num),
-        torch.from_numpy(index.buckets.view(np.uint64).reshape(-1).copy()),
-        torch.from_numpy(np.array(fgram_hash.lane_seeds(index.seed), np.uint64)),
+        torch.arange(num, device=device),
+        torch.from_numpy(index.buckets.view(np.uint64).reshape(-1).copy()).to(device),
+        torch.from_numpy(np.array(fgram_hash.lane_seeds(index.seed), np.uint64)).to(device),
         index.num_home_buckets,
         rows.data_ptr(),
         row_ids,
@@ -173,7 +191,7 @@ def _match(
         COLUMNS=64,
         BLOCK=block,
     )
-    return row_ids.numpy(), lengths.numpy(), out
+    return row_ids.cpu().numpy(), lengths.cpu().numpy(), out.cpu()
 
 
 def _windows(tokens: NDArray[np.int64], starts: NDArray[np.int64], width: int) -> NDArray[np.int64]:

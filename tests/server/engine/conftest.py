@@ -266,13 +266,14 @@ class World:
         table: DictTable | None = None,
         device: SimDevice | None = None,
         store: RecycledStore | None = None,
+        make_runner: Callable[[Decoder, EngineConfig], ModelRunner] = ModelRunner,
         **config: Any,
     ) -> None:
-        """With `device` the model runs on it, else here; with `store` it recycles states."""
+        """With `device` the model runs on it, else where its weights are; with `store` it recycles states."""
         defaults = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
         self.config = EngineConfig(**{**defaults, **config})
         runner = (
-            ModelRunner(decoder, self.config) if device is None else LateRunner(decoder, self.config, device)
+            make_runner(decoder, self.config) if device is None else LateRunner(decoder, self.config, device)
         )
         self.runner = runner
         self.core = EngineCore(self.config, runner, tokenizer, "model", SilentObserver(), device)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scone.server.engine.sampler import SamplerState, sample, token_logprobs
+from scone.server.engine.batch_draw import choose_together
+from scone.server.engine.sampler import SamplerState, choose_each, sample, token_logprobs
 from scone.server.sequence import SamplingParams
 
 VOCAB = 600
@@ -147,3 +148,45 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_tiny_temperatures_are_greedy() -> None:
     assert sample(row(1)[None], [state(temperature=1e-30)])[0].token_id == int(row(1).argmax())
+
+
+MIXED_PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.5},
+    {"temperature": 3.0, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+    {"temperature": 0.0, "logit_bias": {7: 100.0}},
+    {"temperature": 1.0, "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"temperature": 0.0, "min_tokens": 500, "stop_token_ids": (11,)},
+]
+
+
+def test_a_batch_is_chosen_as_row_by_row() -> None:
+    """`choose_together`, which runs on CUDA, against its slow twin; each row alone as with the others."""
+
+    def states() -> list[SamplerState]:
+        return [state((1, 2, 3), seed=i, **params) for i, params in enumerate(MIXED_PARAMS)]
+
+    together, each, alone = states(), states(), states()
+    for step in range(200):
+        logits = torch.stack([row(step * len(each) + i) for i in range(len(each))])
+        expected = choose_each(logits, each)
+        assert choose_together(logits, together) == expected
+        assert [choose_together(logits[i : i + 1], [s])[0] for i, s in enumerate(alone)] == expected
+        for token_id, *ones in zip(expected, together, each, alone, strict=True):
+            assert token_id is not None
+            for one in ones:
+                one.append(token_id)
+
+
+def test_in_a_batch_only_rows_that_are_not_finite_get_no_token() -> None:
+    logits = torch.stack([row(1), row(2), row(3)])
+    logits[1, 5] = torch.nan
+    states = [state(seed=1, temperature=t) for t in (0.0, 0.0, 1.0)]
+    tokens = choose_together(logits, states)
+    assert tokens[0] == int(logits[0].argmax())
+    assert tokens[1] is None
+    assert tokens[2] is not None

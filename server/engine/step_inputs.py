@@ -1,0 +1,175 @@
+"""What a step tells the device besides rows: token ids, positions, slots, tiles, block tables.
+
+One pinned buffer and one asynchronous copy a step, to addresses that a CUDA graph may hold. The copy is
+queued in the model's own order of work, so that it overwrites nothing that an earlier step still reads;
+before the host writes a buffer again it waits until the copy from it has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scone.cache.device import Device, Event, Stream
+from scone.kernels.paged_attention import PagedBatch
+from scone.server.engine.scheduler import Chunk
+
+NUM_BUFFERS = 2
+"""One is written while the copy from the other may still be to come."""
+
+_NO_LENGTHS = torch.empty(0, dtype=torch.int32)
+_Values = TypeVar("_Values", Tensor, NDArray[np.int32])
+
+
+class Step(NamedTuple):
+    """One step's inputs on the device.
+
+    Attributes:
+        input_ids, positions: (num_tokens,) int32.
+        batch: with tiles, and without lengths on the host.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    batch: PagedBatch
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each tile has one token."""
+        assert self.batch.tiles is not None
+        return self.batch.tiles.shape[1] == len(self.input_ids)
+
+    def first(self, num: int) -> Step:
+        """The first tokens of a step that decodes."""
+        batch = self.batch
+        assert batch.tiles is not None
+        some = replace(batch, slots=batch.slots[:num], tiles=batch.tiles[:, :num])
+        return Step(self.input_ids[:num], self.positions[:num], some)
+
+
+class _Buffer:
+    """Host memory of one step: the values of tokens and tiles, which end where the block tables begin."""
+
+    def __init__(self, host: Tensor, num_values: int, table_shape: tuple[int, int], copied: Event) -> None:
+        self.host, self.copied = host, copied
+        self.values = host.numpy()[:num_values]
+        self.tables = host.numpy()[num_values:].reshape(table_shape)
+        # What each row was written from, and how much: a sequence's table grows by a block now and then.
+        self._written: list[tuple[list[int], int]] = [([], 0)] * table_shape[0]
+
+    def write_tables(self, chunks: Sequence[Chunk]) -> None:
+        """Row i becomes the block table of chunk i's sequence."""
+        for i, chunk in enumerate(chunks):
+            block_ids = chunk.seq.block_ids
+            known, num_known = self._written[i]
+            # A list that is still the same one has only grown: preemption gives a sequence another list.
+            begin = num_known if known is block_ids else 0
+            if begin < len(block_ids):
+                self.tables[i, begin : len(block_ids)] = block_ids[begin:]
+                self._written[i] = (block_ids, len(block_ids))
+
+
+class StepInputs:
+    """Room for the inputs of steps, on both sides."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_num_blocks: int,
+        block_size: int,
+        queries_per_tile: int,
+    ) -> None:
+        """For steps of so many tokens of so many sequences, each of at most `max_num_blocks` blocks."""
+        self._device = device
+        self._block_size, self._queries_per_tile = block_size, queries_per_tile
+        self._num_values = 6 * max_num_tokens  # there are at most as many tiles as tokens
+        table_shape = (max_num_seqs, max_num_blocks)
+        size = self._num_values + max_num_seqs * max_num_blocks
+        # One more than is written: where host and device share memory, the target is none of the sources.
+        memory = device.buffer((1 + NUM_BUFFERS, size), torch.int32)
+        self._buffers = [_Buffer(h, self._num_values, table_shape, device.event()) for h in memory.host[1:]]
+        self._target = memory.device[0]
+        self._tables = self._target[self._num_values :].view(table_shape)
+
+    def put(self, chunks: Sequence[Chunk], num_padded: int = 0) -> Step:
+        """The chunks' inputs, one after the other; holds for work launched before the next call.
+
+        Args:
+            num_padded: for chunks of one token each, how many tokens and tiles there shall be; those added
+                store nothing and have no queries. 0 adds none.
+        """
+        buffer = self._buffers.pop(0)
+        self._buffers.append(buffer)
+        self._device.synchronize(buffer.copied)
+        buffer.write_tables(chunks)
+        num_tokens = num_tiles = num_padded or len(chunks)
+        if all([c.num_tokens == 1 for c in chunks]):
+            self._write_decode(buffer, chunks, num_tokens)
+        else:
+            num_tokens, num_tiles = self._write(buffer, chunks)
+        begin = self._num_values - 3 * (num_tokens + num_tiles)
+        end = self._num_values + len(chunks) * self._tables.shape[1]
+        self._device.launch(partial(self._target[begin:end].copy_, buffer.host[begin:end], non_blocking=True))
+        self._device.record(buffer.copied, Stream.COMPUTE)
+        return self.step(num_tokens, num_tiles)
+
+    def step(self, num_tokens: int, num_tiles: int) -> Step:
+        """Where the device finds the inputs of a step of this size: always in the same place."""
+        of_tokens, of_tiles = _parts(self._target[: self._num_values], num_tokens, num_tiles)
+        batch = PagedBatch(_NO_LENGTHS, _NO_LENGTHS, self._tables, of_tokens[2], of_tiles)
+        return Step(of_tokens[0], of_tokens[1], batch)
+
+    def _write_decode(self, buffer: _Buffer, chunks: Sequence[Chunk], num_padded: int) -> None:
+        num = len(chunks)
+        of_tokens, of_tiles = _parts(buffer.values, num_padded, num_padded)
+        starts = np.array([c.start for c in chunks], np.int32)
+        of_tokens[0, :num] = [c.seq.token_ids[c.start] for c in chunks]
+        of_tokens[1, :num] = starts
+        of_tokens[2, :num] = self._slots(buffer, np.arange(num), starts)
+        of_tokens[:2, num:] = 0
+        of_tokens[2, num:] = -1
+        of_tiles[:2] = np.arange(num_padded)
+        of_tiles[2, :num], of_tiles[2, num:] = 1, 0
+
+    def _write(self, buffer: _Buffer, chunks: Sequence[Chunk]) -> tuple[int, int]:
+        """Returns the numbers of tokens and tiles."""
+        sizes = np.array([c.num_tokens for c in chunks])
+        ends = np.cumsum(sizes)
+        num_tiles = -(-sizes // self._queries_per_tile)
+        tile_ends = np.cumsum(num_tiles)
+        of_tokens, of_tiles = _parts(buffer.values, int(ends[-1]), int(tile_ends[-1]))
+        seqs, starts = np.arange(len(chunks)), np.array([c.start for c in chunks])
+        of_tokens[0] = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
+        of_tokens[1] = positions
+        of_tokens[2] = self._slots(buffer, np.repeat(seqs, sizes), positions)
+        within = np.arange(tile_ends[-1]) - np.repeat(tile_ends - num_tiles, num_tiles)
+        begins = within * self._queries_per_tile
+        of_tiles[0] = np.repeat(seqs, num_tiles)
+        of_tiles[1] = np.repeat(ends - sizes, num_tiles) + begins
+        of_tiles[2] = np.minimum(np.repeat(sizes, num_tiles) - begins, self._queries_per_tile)
+        return int(ends[-1]), int(tile_ends[-1])
+
+    def _slots(
+        self, buffer: _Buffer, seqs: NDArray[np.int64], positions: NDArray[np.integer]
+    ) -> NDArray[np.integer]:
+        size = self._block_size
+        block_ids: NDArray[np.int32] = buffer.tables[seqs, positions // size]
+        return block_ids * size + positions % size
+
+
+def _parts(values: _Values, num_tokens: int, num_tiles: int) -> tuple[_Values, _Values]:
+    """The last values as (3, num_tokens): ids, positions, slots; and (3, num_tiles): `PagedBatch.tiles`."""
+    begin = len(values) - 3 * (num_tokens + num_tiles)
+    middle = begin + 3 * num_tokens
+    return values[begin:middle].reshape(3, num_tokens), values[middle:].reshape(3, num_tiles)
