@@ -15,11 +15,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from scone.model_store.decoder import Block, CausalAttention, Decoder, RMSNorm
+from scone.model_store.decoder import Block, Decoder, RMSNorm
 
 # Rows are embedded in blocks of exactly this many f-grams of one length, padded if need be: matrix
 # products of one shape give a row the same bits wherever it stands in the block.
 EMBED_BLOCK_ROWS = 256
+
+
+class ShortAttention:
+    """Causal attention within rows of a few tokens, written out.
+
+    Kernels for long sequences pad such rows many times over, and on a GPU plan anew for each number of rows.
+    """
+
+    def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (m, n, num_heads, head_dim), k and v (m, n, num_kv_heads, head_dim), rotated; gives q's shape."""
+        n, head_dim = q.shape[1], q.shape[3]
+        grouped = q.unflatten(2, (k.shape[2], -1)).float()  # (m, n, num_kv_heads, group, head_dim)
+        keys, values = k.unsqueeze(3).float(), v.unsqueeze(3).float()
+        scores = (grouped.unsqueeze(2) * keys.unsqueeze(1)).sum(-1) * head_dim**-0.5
+        later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)[:, :, None, None]
+        weights = scores.masked_fill(later, -torch.inf).softmax(2)  # (m, to, from, num_kv_heads, group)
+        out = (weights.unsqueeze(-1) * values.unsqueeze(1)).sum(2)
+        return out.flatten(2, 3).to(v.dtype)
 
 
 class FGramModel(nn.Module):
@@ -69,7 +87,7 @@ class FGramModel(nn.Module):
         rope = self.decoder.rope(torch.arange(n, device=token_ids.device))
         hidden = embeddings + self.position_embedding[:n]
         for layer_id, block in enumerate(self.layers):
-            hidden = block(hidden, rope, layer_id, CausalAttention())
+            hidden = block(hidden, rope, layer_id, ShortAttention())
         change: Tensor = self.output(self.norm(hidden[:, -1]))
         return embeddings[:, -1] + change
 

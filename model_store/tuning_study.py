@@ -23,7 +23,7 @@ from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize_files
 from scone.model_store.train_config import TrainConfig
 
-_EVALUATIONS = 10
+_EVALUATIONS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from scone.model_store.checkpoint import open_checkpoint, save_scone_folder
-from scone.model_store.decoder import Decoder
+from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.errors import CheckpointError
 from scone.model_store.fgram_inputs import FGramInputs
-from scone.model_store.fgram_model import EMBED_BLOCK_ROWS, FGramModel
+from scone.model_store.fgram_model import EMBED_BLOCK_ROWS, FGramModel, ShortAttention
 from scone.model_store.fgram_set import FGramSet
 
 
@@ -39,6 +39,15 @@ def test_untrained_is_exactly_the_last_token(tiny_decoder: Decoder) -> None:
     rows = FGramModel.from_decoder(tiny_decoder, num_layers=2, max_n=4).embed(tokens, lengths)
     last = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
     assert torch.equal(rows, tiny_decoder.embed(last))
+
+
+@pytest.mark.parametrize(("n", "num_heads", "num_kv_heads"), [(1, 4, 4), (2, 4, 2), (5, 6, 2)])
+def test_short_attention_is_causal_attention(n: int, num_heads: int, num_kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    q = torch.randn(7, n, num_heads, 16, generator=generator)
+    k, v = (torch.randn(7, n, num_kv_heads, 16, generator=generator) for _ in range(2))
+    found = ShortAttention()(0, q, k, v)
+    torch.testing.assert_close(found, CausalAttention()(0, q, k, v), atol=1e-6, rtol=1e-5)
 
 
 def test_row_depends_on_every_token_and_their_order(tiny_decoder: Decoder) -> None:
