@@ -161,6 +161,11 @@ def splits_for(num_tiles: int, num_kv_heads: int) -> int:
     return splits
 
 
+def num_stages(row_bytes: int) -> int:
+    """Rounds of keys and values of so many bytes a row that are loaded ahead within shared memory."""
+    return 3 if row_bytes <= 128 else 2 if row_bytes <= 256 else 1
+
+
 def paged_attention(
     q: Tensor,
     positions: Tensor,
@@ -218,6 +223,7 @@ def paged_attention(
         HEAD_DIM=head_dim,
         DIM_PADDED=dim_padded,
         IS_SPLIT=splits > 1,
+        num_stages=num_stages(dim_padded * q.element_size()),
     )
     if splits > 1:
         combine_kernel[(num_tokens * num_heads,)](

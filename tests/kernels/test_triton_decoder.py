@@ -180,13 +180,17 @@ def test_activation_is_the_decoders(dtype: torch.dtype, device: torch.device) ->
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_they_compile_for(dtype: str, architecture: int) -> None:
     f, i = f"*{dtype}", "*i32"
-    shape = {"NUM_KV_HEADS": 3, "GROUP": 3, "GROUP_PADDED": 4, "KEYS": 64, "BLOCK_SIZE": 16, "HEAD_DIM": 64}
-    shape["DIM_PADDED"] = 64
     types = [f, f, f, f, i, i, i, i, i, "i32", "i32", "i32", "i32", "fp32"]
-    whole = {**shape, "ROWS": 64, "IS_SPLIT": False}
-    _compile(triton_attention.attention_kernel, types, whole, architecture)
+    for head_dim in (64, 128):
+        shape = {"NUM_KV_HEADS": 3, "GROUP": 3, "GROUP_PADDED": 4, "KEYS": 64, "BLOCK_SIZE": 16}
+        shape |= {"HEAD_DIM": head_dim, "DIM_PADDED": head_dim}
+        options = {"num_stages": triton_attention.num_stages(head_dim * (2 if dtype == "bf16" else 4))}
+        whole = {**shape, "ROWS": 64, "IS_SPLIT": False}
+        shared = _compile(triton_attention.attention_kernel, types, whole, architecture, options)
+        assert shared <= 163 * 1024, "what a block of an A100 can have"
     types[3:6] = ["*fp32", "*fp32", "*fp32"]
-    _compile(triton_attention.attention_kernel, types, {**shape, "ROWS": 16, "IS_SPLIT": True}, architecture)
+    split = {**shape, "ROWS": 16, "IS_SPLIT": True}
+    _compile(triton_attention.attention_kernel, types, split, architecture, options)
     combine = {"SPLITS": 16, "HEAD_DIM": 64, "DIM_PADDED": 64}
     types = ["*fp32", "*fp32", "*fp32", f, "i32", "i32"]
     _compile(triton_attention.combine_kernel, types, combine, architecture)
@@ -198,7 +202,14 @@ def test_they_compile_for(dtype: str, architecture: int) -> None:
     _compile(triton_layer.activation_kernel, [f, f], {"DIM": 1536, "BLOCK": 1024}, architecture)
 
 
-def _compile(kernel: Any, types: list[str], constants: dict[str, Any], architecture: int) -> None:
+def _compile(
+    kernel: Any,
+    types: list[str],
+    constants: dict[str, Any],
+    architecture: int,
+    options: dict[str, Any] | None = None,
+) -> int:
+    """Returns the bytes of shared memory that the kernel takes."""
     arguments = [name for name in kernel.arg_names if name not in constants]
     signature = dict(zip(arguments, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(
@@ -206,5 +217,6 @@ def _compile(kernel: Any, types: list[str], constants: dict[str, Any], architect
         signature={name: signature[name] for name in kernel.arg_names},
         constexprs={name: constants[name] for name in kernel.arg_names if name in constants},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
+    return int(compiled.metadata.shared)
