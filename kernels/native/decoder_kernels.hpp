@@ -88,6 +88,8 @@ struct DecoderKernels {
     // Rotates one head in place; cos and sin hold head_dim / 2 values.
     void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
     void (*attend)(const QueryTile&, const CacheView&, float scale);
+    // Of 16 values; NaN if one of them is.
+    float (*greatest)(const float* x);
 };
 
 // nullptr where the compiler or the processor has none.

@@ -35,6 +35,12 @@ def sample_tokens(runner: Runner, wanted: Sequence[tuple[SamplerState, Tensor]])
     """The next token of each sequence, from its last hidden state (dim,)."""
     if not wanted:
         return []
+    if all([sampler.takes_the_best for sampler, _ in wanted]):
+        token_ids, logits = runner.best_tokens(torch.stack([h for _, h in wanted]))
+        is_finite = logits.isfinite().tolist()
+        return [
+            SampledToken(t if f else None, None) for t, f in zip(token_ids.tolist(), is_finite, strict=True)
+        ]
     restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]
     hidden = torch.stack([h for _, h in wanted])
     if not any(restricted):
