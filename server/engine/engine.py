@@ -89,6 +89,7 @@ class Engine:
             cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
             self._core.recycle(recycled, cost, runner, runner.num_layers, self._post)
             logger.info("recycled states: %s", runner.block_form.reason)
+        self._after_deliveries: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -125,6 +126,10 @@ class Engine:
     def start(self) -> None:
         """Starts the engine thread."""
         self._thread.start()
+
+    def after_deliveries(self, call: Callable[[], None]) -> None:
+        """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""
+        self._after_deliveries = call
 
     def submit(self, request: GenerationRequest, on_delta: OnDelta) -> None:
         """Admits a request; `on_delta` is called on the engine thread and must be quick.
@@ -303,7 +308,10 @@ class Engine:
                     self._last_step = time.monotonic()
                 for command in commands:
                     command()
+                if commands:
+                    self._after_deliveries()
                 progressed = self._core.has_work and self._core.step()
+                self._after_deliveries()
                 self._forget_settled()
         except BaseException:
             logger.critical("the engine thread died", exc_info=True)
