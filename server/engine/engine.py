@@ -81,7 +81,7 @@ class Engine:
         """
         self.config = config
         runner = ModelRunner(model, config) if isinstance(model, Decoder) else model
-        self._vocab_size = runner.vocab_size
+        self._runner = runner
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self.recycle_cost: RecycleCost | None = None
         if recycled is not None:
@@ -126,6 +126,11 @@ class Engine:
     def start(self) -> None:
         """Starts the engine thread."""
         self._thread.start()
+
+    def populate(self) -> None:
+        """Makes the KV cache's memory on a thread of its own, while the first requests are served."""
+        if isinstance(self._runner, ModelRunner):
+            threading.Thread(target=self._runner.populate, name="populate", daemon=True).start()
 
     def after_deliveries(self, call: Callable[[], None]) -> None:
         """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""
@@ -247,10 +252,10 @@ class Engine:
         longest = self.config.max_model_len
         if not ids:
             raise InvalidRequestError("the prompt is empty, wanted at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
+        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self._runner.vocab_size)
             raise InvalidRequestError(
-                f"token id is {wrong}, wanted 0 <= id < {self._vocab_size}", param="prompt"
+                f"token id is {wrong}, wanted 0 <= id < {self._runner.vocab_size}", param="prompt"
             )
         # A full-length prompt can be scored but not continued.
         if len(ids) + min(1, request.sampling.max_tokens) > longest:
@@ -267,9 +272,10 @@ class Engine:
             ("allowed_token_ids", sampling.allowed_token_ids or ()),
         ):
             for token_id in token_ids:
-                if not 0 <= token_id < self._vocab_size:
+                if not 0 <= token_id < self._runner.vocab_size:
                     raise InvalidRequestError(
-                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._vocab_size}", param=name
+                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._runner.vocab_size}",
+                        param=name,
                     )
 
     def _check_room(self, num_requests: int, num_tokens: int, request_ids: set[str]) -> None:

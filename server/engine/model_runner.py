@@ -20,6 +20,7 @@ from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.block_form import BlockForm
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.host_pages import populate
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
@@ -196,6 +197,11 @@ class ModelRunner:
         if pairs:
             sources, targets = (list(ids) for ids in zip(*pairs, strict=True))
             self._kv_cache[:, :, targets] = self._kv_cache[:, :, sources]
+
+    def populate(self) -> None:
+        """Makes the cache's pages, which else come when first used; from any thread, at any time."""
+        if self.device.type == "cpu":
+            populate(self._kv_cache)
 
     @property
     def block_bytes(self) -> int:
