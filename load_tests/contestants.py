@@ -16,6 +16,8 @@ from load_tests.client import get_text, post_json
 from load_tests.http_response import ResponseError
 
 START_SECONDS = 200
+SETTLE_SECONDS = 3
+"""Servers may still be preparing in the background when they say that they are ready."""
 
 
 @dataclass(frozen=True, slots=True)

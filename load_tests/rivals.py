@@ -97,11 +97,13 @@ async def start(entrant: Contestant, port: int, logs: Path) -> RunningServer:
     try:
         began = time.monotonic()
         await server.wait_until_ready()
+        ready_seconds = time.monotonic() - began
+        await asyncio.sleep(contestants.SETTLE_SECONDS)
         await server.ask_batch(["Warm up, please. " * 20], 8)
     except BaseException:
         server.end()
         raise
-    print(f"{entrant.name}: ready after {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{entrant.name}: ready after {ready_seconds:.0f} s", flush=True)
     server.pause()
     return server
 
