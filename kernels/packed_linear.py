@@ -80,6 +80,14 @@ class PackedLinear:
         self.native.apply(workspace.native, x.contiguous(), out)
         return out
 
+    def best(self, workspace: Workspace, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row the first greatest output, int64 (rows,), and its value, float32 (rows,): `max(dim=-1)`
+        of the outputs, which are not kept. NaN is greater than any number.
+        """
+        outputs, values = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
+        self.native.best(workspace.native, x.contiguous(), outputs, values)
+        return outputs, values
+
 
 def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
     """What `PackedLinear(weight, kind).weight()` gives."""

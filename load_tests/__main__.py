@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from load_tests import report, workload
-from load_tests.client import RequestRecord, ResponseError, complete, get_text
+from load_tests.client import RequestRecord, complete, get_text
+from load_tests.http_response import ResponseError
 
 
 async def closed_loop(requests: list[dict[str, Any]], concurrency: int, **kwargs: Any) -> list[RequestRecord]:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from load_tests.client import ResponseError, get_text, post_json
+from load_tests.client import get_text, post_json
+from load_tests.http_response import ResponseError
 
 START_SECONDS = 200
+SETTLE_SECONDS = 3
+"""Servers may still be preparing in the background when they say that they are ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class RunningServer:
             try:
                 await get_text(self.url, self.contestant.ready_path)
                 return
-            except (OSError, ResponseError, asyncio.IncompleteReadError):
+            except (OSError, ResponseError):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{self.contestant.name} did not start, see {self._log}") from None
             await asyncio.sleep(0.5)

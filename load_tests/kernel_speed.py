@@ -1,11 +1,11 @@
 """What the native kernels take of a step: `python -m load_tests.kernel_speed --model MODEL`
 
 Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences and
-the prefill of one prompt, for each quantisation and each instruction set that the processor has. Times are
-the least and the median over rounds in which all of them take turns; layers and head follow each other, so
-that neither finds its weights in the caches unless both fit. `gflops` counts two operations a
-weight of the maps used; `gbs` the bytes of their packed weights, which a step of few sequences reads once.
-The last line is one JSON object.
+the prefill of one prompt, for each quantisation and each instruction set that the processor has. The head is
+asked for greedy tokens, as most steps do. Times are the least and the median over rounds in which all of them
+take turns; layers and head follow each other, so that neither finds its weights in the caches unless both
+fit. `gflops` counts two operations a weight of the maps used; `gbs` the bytes of their packed weights, which
+a step of few sequences reads once. The last line is one JSON object.
 
 What the machine itself can do is measured beside: a large float32 product and the sum of a large array, by
 torch with as many threads.
@@ -90,7 +90,7 @@ class Bench:
             "layers": lambda: self.forward.forward(
                 embeddings.clone(), positions, batch, self._k_cache, self._v_cache
             ),
-            "head": partial(self.forward.logits, hidden),
+            "head": partial(self.forward.best_tokens, hidden),
         }
 
 

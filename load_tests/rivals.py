@@ -22,8 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from load_tests import contestants, workload
-from load_tests.client import ResponseError, complete
+from load_tests.client import complete
 from load_tests.contestants import Contestant, RunningServer
+from load_tests.http_response import ResponseError
 
 DECODE_CHARS = 80
 PREFILL_CHARS = 1600
@@ -47,7 +48,7 @@ async def decode(server: RunningServer, prompts: list[str], max_tokens: int) -> 
         return num_tokens / (time.monotonic() - began)
     fields = {"max_tokens": max_tokens, "temperature": 0, **server.contestant.fields}
     records = await asyncio.gather(*(complete(server.url, {"prompt": p, **fields}) for p in prompts))
-    wall = time.monotonic() - began
+    wall = max(record.end for record in records) - began
     failed = [record.error for record in records if record.error is not None]
     if failed:
         raise RuntimeError(f"{server.contestant.name}: {failed[0]}")
@@ -96,11 +97,13 @@ async def start(entrant: Contestant, port: int, logs: Path) -> RunningServer:
     try:
         began = time.monotonic()
         await server.wait_until_ready()
+        ready_seconds = time.monotonic() - began
+        await asyncio.sleep(contestants.SETTLE_SECONDS)
         await server.ask_batch(["Warm up, please. " * 20], 8)
     except BaseException:
         server.end()
         raise
-    print(f"{entrant.name}: ready after {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{entrant.name}: ready after {ready_seconds:.0f} s", flush=True)
     server.pause()
     return server
 

@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from load_tests.client import RequestRecord, ResponseError, complete, get_text, post_json, stream_events
+from load_tests.client import RequestRecord, complete, get_text, post_json, stream_events
+from load_tests.http_response import ResponseError
 
 ANONYMOUS = 'scone_process_resident_bytes{kind="anon"}'
 GAUGES = ("scone_num_requests_running", "scone_num_requests_waiting", "scone_kv_cache_usage_perc")

@@ -31,12 +31,12 @@ class ShortAttention:
     def __call__(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (m, n, num_heads, head_dim), k and v (m, n, num_kv_heads, head_dim), rotated; gives q's shape."""
         n, head_dim = q.shape[1], q.shape[3]
-        grouped = q.unflatten(2, (k.shape[2], -1)).float()  # (m, n, num_kv_heads, group, head_dim)
+        grouped = q.view(*q.shape[:2], k.shape[2], -1, head_dim).float()  # heads of one kv head together
         keys, values = k.unsqueeze(3).float(), v.unsqueeze(3).float()
         scores = (grouped.unsqueeze(2) * keys.unsqueeze(1)).sum(-1) * head_dim**-0.5
         later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)[:, :, None, None]
         weights = scores.masked_fill(later, -torch.inf).softmax(2)  # (m, to, from, num_kv_heads, group)
-        out = (weights.unsqueeze(-1) * values.unsqueeze(1)).sum(2)
+        out: Tensor = (weights.unsqueeze(-1) * values.unsqueeze(1)).sum(2)
         return out.flatten(2, 3).to(v.dtype)
 
 

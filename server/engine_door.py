@@ -29,8 +29,13 @@ class EngineStats(Protocol):
 
 
 class EngineDoor(Protocol):
-    """What the API needs of the engine; all of it may be called from any thread."""
+    """What the API needs of the engine; all of it may be called from any thread.
 
+    `after_deliveries` sets what is called, on the engine's thread, after deltas were delivered: once for all
+    those of a step.
+    """
+
+    def after_deliveries(self, call: Callable[[], None]) -> None: ...
     def submit_batch(self, batch: Sequence[tuple[GenerationRequest, OnDelta]]) -> None: ...
     def swap_table(self, table: FGramTable | None, on_retired: Callable[[], None]) -> None: ...
     def abort(self, request_id: str) -> None: ...

@@ -124,6 +124,7 @@ class ModelLoader:
                 _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
                 self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
+            engine.populate()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))
             if table is not None:

@@ -110,8 +110,6 @@ class PacedModel:
         self._decode_seconds, self._prefill_speed = decode_seconds, prefill_tokens_per_second
         self._embeddings = torch.zeros(max_num_tokens, dim, dtype=self.dtype)
         self._next_tokens = torch.zeros(max_num_tokens, 1)
-        self._logits = torch.zeros(max_num_tokens, vocab_size)
-        self._ones = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._embeddings[: sum(chunk.num_tokens for chunk in chunks)]
@@ -132,14 +130,15 @@ class PacedModel:
         return self._next_tokens[:end]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        self._device.finish()
-        self._logits[self._ones] = 0.0
-        rows, tokens = self._ones = torch.arange(len(hidden)), hidden[:, 0].long()
-        self._logits[rows, tokens] = 1.0
-        return self._logits[: len(hidden)]
+        token_ids, _ = self.best_tokens(hidden)
+        return torch.nn.functional.one_hot(token_ids, self.vocab_size).float()
 
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         return self.logits(hidden)
+
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        self._device.finish()
+        return hidden[:, 0].long(), torch.ones(len(hidden))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         pass

@@ -13,6 +13,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "best_output.hpp"
 #include "workspace.hpp"
 
 namespace nb = nanobind;
@@ -28,6 +29,8 @@ using MutableMatrix = Array<float, nb::ndim<2>>;
 using Cache = Array<float, nb::ndim<5>>;
 using Indices = Array<const int32_t, nb::ndim<1>>;
 using Tables = Array<const int32_t, nb::ndim<2>>;
+using MutableVector = Array<float, nb::ndim<1>>;
+using MutableIndices = Array<int64_t, nb::ndim<1>>;
 
 WeightKind kind_named(const std::string& name) {
     if (name == "f32") return WeightKind::f32;
@@ -305,6 +308,26 @@ void apply(const PackedLinear& map, Workspace& space, Matrix x, MutableMatrix ou
     });
 }
 
+// outputs, values (rows,) = where the greatest of x times the map is, and what it is
+void best(const PackedLinear& map, Workspace& space, Matrix x, MutableIndices outputs, MutableVector values) {
+    const size_t rows = x.shape(0);
+    want(int(x.shape(1)) == map.num_inputs() && outputs.size() == rows && values.size() == rows,
+         "x is not (rows, num_inputs), or outputs or values not (rows,)");
+    if (rows == 0) return;
+    Activations target = space.prepared(int(rows), map.num_inputs());
+    nb::gil_scoped_release release;
+    std::vector<std::vector<Best>> found(space.team.size(), std::vector<Best>(rows));
+    space.team.run([&](int thread) {
+        space.prepare(map.weights().inputs, x.data(), int(rows), map.num_inputs(), target, [](int, int) {});
+        multiply(space, target, int(rows), {BestOutput{&map, space.kernels, found[thread].data()}});
+    });
+    for (size_t r = 0; r < rows; ++r) {
+        for (const std::vector<Best>& part : found) found[0][r].take(part[r].value, part[r].output);
+        outputs.data()[r] = found[0][r].output;
+        values.data()[r] = found[0][r].value;
+    }
+}
+
 }  // namespace
 
 void register_decoder(nb::module_& m) {
@@ -337,7 +360,8 @@ void register_decoder(nb::module_& m) {
                       "out is not (num_outputs, num_inputs)");
                  self.unpack(out.data());
              })
-        .def("apply", &apply, nb::arg("workspace"), nb::arg("x"), nb::arg("out"));
+        .def("apply", &apply, nb::arg("workspace"), nb::arg("x"), nb::arg("out"))
+        .def("best", &best, nb::arg("workspace"), nb::arg("x"), nb::arg("outputs"), nb::arg("values"));
     nb::class_<NativeDecoder>(m, "NativeDecoder")
         .def(nb::init<Workspace&, int, int, int, int, int, float, Vector, Matrix, Matrix>(),
              nb::keep_alive<1, 2>())

@@ -41,6 +41,7 @@ const DecoderKernels* decoder_kernels_avx512() {
     static const DecoderKernels kernels = {
         "avx512",         avx512::tile,   avx512::prepare, avx512::rms_norm,
         avx512::silu_mul, avx512::rotate, avx512::attend,
+        avx512::greatest,
     };
     const bool has_it = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -12,7 +12,7 @@ namespace scone {
 constexpr int kPanel = 16;     // output columns per panel of packed weights
 constexpr int kGroup = 32;     // inputs that share a scale
 constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
-constexpr int kRowBlock = 48;  // rows per tile: their activations stay in the second-level cache
+constexpr int kRowBlock = 96;  // rows per tile: their activations stay in the second-level cache
 
 // How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
 // int8 with int4.
@@ -88,6 +88,8 @@ struct DecoderKernels {
     // Rotates one head in place; cos and sin hold head_dim / 2 values.
     void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
     void (*attend)(const QueryTile&, const CacheView&, float scale);
+    // Of 16 values; NaN if one of them is.
+    float (*greatest)(const float* x);
 };
 
 // nullptr where the compiler or the processor has none.

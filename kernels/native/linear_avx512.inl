@@ -187,18 +187,18 @@ static void multiply_int4(const unsigned char* group, int num_groups, const int8
     for (int g = 0; g < num_groups; ++g, x += rows * kGroup, scales += rows, sums += rows) {
         const __m512 scale = load_halves(group), minimum = load_halves(group + 2 * kPanel);
         group += 4 * kPanel;
-        __m512i w[8];
-        for (int j = 0; j < 4; ++j, group += 4 * kPanel) {
-            const __m512i both = _mm512_load_si512(group);
-            w[j] = _mm512_and_si512(both, mask);
-            w[j + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-        }
         __m512i dot[kRows];
         for (int r = 0; r < kRows; ++r) dot[r] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j)
-            for (int r = 0; r < kRows; ++r)
-                dot[r] = _mm512_dpbusd_epi32(dot[r], w[j], splat_inputs(x + r * kGroup + 4 * j));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, group += 4 * kPanel) {
+            const __m512i both = _mm512_load_si512(group);
+            const __m512i low = _mm512_and_si512(both, mask);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+            for (int r = 0; r < kRows; ++r) {
+                dot[r] = _mm512_dpbusd_epi32(dot[r], low, splat_inputs(x + r * kGroup + 4 * j));
+                dot[r] = _mm512_dpbusd_epi32(dot[r], high, splat_inputs(x + r * kGroup + 4 * j + 16));
+            }
+        }
         for (int r = 0; r < kRows; ++r) {
             totals[r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sums[r]), totals[r]);
             totals[r] = add_scaled(dot[r], scale, scales[r], totals[r]);
@@ -214,6 +214,7 @@ static void tile_int4(const unsigned char* panel, int num_groups, const int8_t* 
         function(panel, num_groups, x + r * kGroup, scales + r, sums + r, rows, out + r * kPanel);
         r += count;
     };
+    while (r + 12 <= rows) strip(multiply_int4<12>, 12);
     while (r + 8 <= rows) strip(multiply_int4<8>, 8);
     while (r + 4 <= rows) strip(multiply_int4<4>, 4);
     while (r < rows) strip(multiply_int4<1>, 1);

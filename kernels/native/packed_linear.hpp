@@ -36,8 +36,11 @@ public:
     // Whether the weights are kept as they were given.
     bool is_exact() const { return is_exact_; }
     size_t num_bytes() const { return weights_.num_panels * weights_.panel_bytes; }
-    // (num_panels * 16,), or nullptr.
-    const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+    // Of one panel, to one row's outputs (16,).
+    void add_bias(float* outputs, int panel) const {
+        if (bias_.empty()) return;
+        for (int c = 0; c < kPanel; ++c) outputs[c] += bias_[size_t(panel) * kPanel + c];
+    }
     // The weights as the kernels use them: out (num_outputs, num_inputs).
     void unpack(float* out) const;
 

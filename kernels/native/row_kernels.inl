@@ -1,4 +1,5 @@
-// What is done row by row between the linear maps: norms, activation, rotation. Included after
+// What is done row by row: norms, activation and rotation between the linear maps, the greatest outputs after
+// the last. Included after
 // vector_math.inl, once per instruction set.
 
 static void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
@@ -44,4 +45,12 @@ static void rotate(float* head, const float* cos, const float* sin, int head_dim
         head[i] = a * cos[i] - b * sin[i];
         head[half + i] = b * cos[i] + a * sin[i];
     }
+}
+
+static float greatest(const float* x) {
+    const f32x8 a = load(x), b = load(x + 8);
+    i32x8 is_nan = (i32x8)(a != a) | (i32x8)(b != b);
+    is_nan |= swap_lanes<4>(is_nan);
+    is_nan |= swap_lanes<2>(is_nan);
+    return is_nan[0] | is_nan[1] ? __builtin_nanf("") : max_of(max8(a, b));
 }

@@ -82,10 +82,8 @@ struct Product {
     // Tile (count, 16) of the panel into place; changes the tile.
     void finish(float* tile, int panel, int first_row, int count) const {
         const int first = panel * kPanel, columns = std::min(kPanel, map->num_outputs() - first);
-        if (map->bias() != nullptr)
-            for (int r = 0; r < count; ++r)
-                for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] += map->bias()[first + c];
         for (int r = 0; r < count; ++r, tile += kPanel) {
+            map->add_bias(tile, panel);
             float* target = out + size_t(first_row + r) * map->num_outputs() + first;
             if (add)
                 for (int c = 0; c < columns; ++c) tile[c] += target[c];
@@ -97,10 +95,12 @@ struct Product {
     }
 };
 
-// The products of the same prepared inputs with several maps that take that kind. Called by all threads of the team.
-inline void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<Product> products) {
+// The products of the same prepared inputs with several maps that take that kind; each tile is handed to its
+// product's `finish`. Called by all threads of the team.
+template <class AnyProduct = Product>
+void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<AnyProduct> products) {
     int num_panels = 0;
-    for (const Product& product : products) num_panels += product.map->weights().num_panels;
+    for (const AnyProduct& product : products) num_panels += product.map->weights().num_panels;
     const int num_blocks = (rows + kRowBlock - 1) / kRowBlock;
     const int chunk = std::max(1, num_panels / (space.team.size() * 8));
     const int num_chunks = (num_panels + chunk - 1) / chunk;
@@ -109,7 +109,7 @@ inline void multiply(Workspace& space, const Activations& x, int rows, std::init
         const int count = std::min(kRowBlock, rows - first_row), end = std::min(begin + chunk, num_panels);
         alignas(64) float tile[kRowBlock * kPanel];
         int first = 0;  // panel of the first product's map
-        for (const Product& product : products) {
+        for (const AnyProduct& product : products) {
             const PackedWeights& w = product.map->weights();
             for (int panel = std::max(begin - first, 0); panel < std::min(end - first, w.num_panels); ++panel) {
                 space.kernels->tile(w, panel, x, first_row, count, tile);

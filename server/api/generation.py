@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -21,7 +20,11 @@ PromptDelta = tuple[int, Delta]
 
 
 class Generation:
-    """Deltas of all sequences of one HTTP request. Whoever starts it closes it."""
+    """Deltas of all sequences of one HTTP request. Whoever starts it closes it.
+
+    Attributes:
+        loop: on which it is awaited.
+    """
 
     def __init__(
         self, state: ServerState, model: ServedModel, requests: Sequence[GenerationRequest], request_id: str
@@ -31,9 +34,9 @@ class Generation:
         self._model = model
         self._requests = requests
         self._deltas: deque[PromptDelta] = deque()
-        self._is_notified = False
-        self._wake = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._is_noted = False
+        self._woken = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
         self._unfinished = {(i, k) for i, request in enumerate(requests) for k in range(request.n)}
         self._interruption: ApiError | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -70,11 +73,11 @@ class Generation:
         while self._interruption is None and not self._deltas:
             if self.is_finished:
                 return []
-            await self._wake.wait()
+            await self._woken.wait()
             # First the flag, then the look at the deltas: one that is appended in between wakes us once
             # more for nothing, but none is left lying.
-            self._wake.clear()
-            self._is_notified = False
+            self._woken.clear()
+            self._is_noted = False
         if self._interruption is not None:
             raise self._interruption
         fresh: list[PromptDelta] = []
@@ -94,7 +97,11 @@ class Generation:
     def interrupt(self, error: ApiError) -> None:
         """Ends the request with `error`, whatever else has come."""
         self._interruption = error
-        self._wake.set()
+        self._woken.set()
+
+    def wake(self) -> None:
+        """To be called on the event loop once there are deltas."""
+        self._woken.set()
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, with what was read from the f-gram table."""
@@ -140,11 +147,9 @@ class Generation:
     def _on_delta(self, prompt_index: int, delta: Delta) -> None:
         """Called on the engine's thread."""
         self._deltas.append((prompt_index, delta))
-        if not self._is_notified:
-            self._is_notified = True
-            # The loop is closed only after the server gave up waiting for this request.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._wake.set)
+        if not self._is_noted:
+            self._is_noted = True
+            self._state.doorbell.note(self)
 
     def _set_limits(self) -> None:
         config = self._state.config
@@ -154,9 +159,9 @@ class Generation:
                 f"The request took longer than {config.request_timeout:g} s; ask for fewer tokens.",
                 code="timeout",
             )
-            self._timers.append(self._loop.call_later(config.request_timeout, self.interrupt, too_long))
+            self._timers.append(self.loop.call_later(config.request_timeout, self.interrupt, too_long))
         if config.queue_timeout:
-            self._timers.append(self._loop.call_later(config.queue_timeout, self._interrupt_if_queued))
+            self._timers.append(self.loop.call_later(config.queue_timeout, self._interrupt_if_queued))
 
     def _interrupt_if_queued(self) -> None:
         if any(self._model.engine.is_queued(request.request_id) for request in self._requests):

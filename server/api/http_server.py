@@ -105,6 +105,15 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where there is one: it takes half the time a streamed token."""
+    try:
+        import uvloop
+    except ImportError:  # as on Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that accepts connections already; raises ServerError saying what is in the way."""
     try:

@@ -81,8 +81,8 @@ async def _frames(
 ) -> AsyncGenerator[bytes]:
     deltas = await first
     while deltas:
-        for chunk in answer.chunks(deltas):
-            yield frame(chunk)
+        if chunks := answer.chunks(deltas):
+            yield b"".join(map(frame, chunks))
         deltas = await generation.next_deltas()
     if (last := answer.last_chunk()) is not None:
         yield frame(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ class EventStreamResponse(Response):
         self._frames = frames
         self._keep_alive_interval = keep_alive_interval
         self._on_close = on_close
+        self._last_sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -68,22 +70,21 @@ class EventStreamResponse(Response):
             self._on_close()
 
     async def _send_frames(self, send: Send) -> None:
-        upcoming: asyncio.Future[bytes] | None = None
+        keeping_alive = asyncio.create_task(self._keep_alive(send))
         try:
-            while True:
-                if upcoming is None:
-                    upcoming = asyncio.ensure_future(anext(self._frames))
-                # wait, not wait_for: a keep-alive must not cancel the frame that is being made.
-                await asyncio.wait({upcoming}, timeout=self._keep_alive_interval)
-                if not upcoming.done():
-                    data = KEEP_ALIVE
-                elif isinstance(upcoming.exception(), StopAsyncIteration):
-                    break
-                else:
-                    data, upcoming = upcoming.result(), None
+            async for data in self._frames:
+                self._last_sent = time.monotonic()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                await asyncio.gather(upcoming, return_exceptions=True)
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            silent_seconds = time.monotonic() - self._last_sent
+            if silent_seconds >= self._keep_alive_interval:
+                self._last_sent = time.monotonic()
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            else:
+                await asyncio.sleep(self._keep_alive_interval - silent_seconds)

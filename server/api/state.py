@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from scone.server.api.doorbell import Doorbell
 from scone.server.api.errors import ApiError
 from scone.server.engine_door import EngineDoor
 from scone.server.errors import UnavailableError
@@ -59,12 +60,14 @@ class ServerState:
         self.metrics = metrics
         self.phase: Phase = "loading"
         self.in_flight: set[Generation] = set()
+        self.doorbell = Doorbell()
         self.reloading = asyncio.Lock()
         self._model: ServedModel | None = None
         self._warned: set[str] = set()
 
     def serve(self, model: ServedModel) -> None:
         """The model is loaded: answers begin."""
+        model.engine.after_deliveries(self.doorbell.ring)
         self._model = model
         self.phase = "ready"
 

@@ -12,7 +12,7 @@ import time
 from scone.kernels.errors import SconeError
 from scone.server.api.app import create_app
 from scone.server.api.config import ApiConfig
-from scone.server.api.http_server import HttpServer, listen
+from scone.server.api.http_server import HttpServer, listen, new_event_loop
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.log_format import configure_logging
 from scone.server.metrics import ServerMetrics
@@ -29,7 +29,8 @@ FLUSH_SECONDS = 5.0
 def run(settings: Resolved) -> int:
     """Serves until a signal; 0 after a drained stop, 1 if loading failed or requests were cut."""
     configure_logging(settings.log_level, settings.log_format)
-    return asyncio.run(_Serving(settings, api_config(settings)).run())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_Serving(settings, api_config(settings)).run())
 
 
 class _Serving:

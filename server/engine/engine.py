@@ -87,7 +87,7 @@ class Engine:
             runner: Runner = runner_for(model, config, device)
         else:
             runner = model
-        self._vocab_size, self._device = runner.vocab_size, runner.device
+        self._runner = runner
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self.recycle_cost: RecycleCost | None = None
         if recycled is not None:
@@ -95,6 +95,7 @@ class Engine:
             cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
             self._core.recycle(recycled, cost, runner, runner.num_layers, self._post)
             logger.info("recycled states: %s", runner.block_form.reason)
+        self._after_deliveries: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -131,6 +132,15 @@ class Engine:
     def start(self) -> None:
         """Starts the engine thread."""
         self._thread.start()
+
+    def populate(self) -> None:
+        """Makes the KV cache's memory on a thread of its own, while the first requests are served."""
+        if isinstance(self._runner, ModelRunner):
+            threading.Thread(target=self._runner.populate, name="populate", daemon=True).start()
+
+    def after_deliveries(self, call: Callable[[], None]) -> None:
+        """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""
+        self._after_deliveries = call
 
     def submit(self, request: GenerationRequest, on_delta: OnDelta) -> None:
         """Admits a request; `on_delta` is called on the engine thread and must be quick.
@@ -248,10 +258,10 @@ class Engine:
         longest = self.config.max_model_len
         if not ids:
             raise InvalidRequestError("the prompt is empty, wanted at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
+        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self._runner.vocab_size)
             raise InvalidRequestError(
-                f"token id is {wrong}, wanted 0 <= id < {self._vocab_size}", param="prompt"
+                f"token id is {wrong}, wanted 0 <= id < {self._runner.vocab_size}", param="prompt"
             )
         # A full-length prompt can be scored but not continued.
         if len(ids) + min(1, request.sampling.max_tokens) > longest:
@@ -268,9 +278,10 @@ class Engine:
             ("allowed_token_ids", sampling.allowed_token_ids or ()),
         ):
             for token_id in token_ids:
-                if not 0 <= token_id < self._vocab_size:
+                if not 0 <= token_id < self._runner.vocab_size:
                     raise InvalidRequestError(
-                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._vocab_size}", param=name
+                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._runner.vocab_size}",
+                        param=name,
                     )
 
     def _check_room(self, num_requests: int, num_tokens: int, request_ids: set[str]) -> None:
@@ -296,8 +307,8 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # of this thread: kernels are launched on it
+            if self._runner.device.type == "cuda":
+                torch.cuda.set_device(self._runner.device)  # of this thread: kernels are launched on it
             progressed = True
             while True:
                 with self._changed:
@@ -311,7 +322,10 @@ class Engine:
                     self._last_step = time.monotonic()
                 for command in commands:
                     command()
+                if commands:
+                    self._after_deliveries()
                 progressed = self._core.has_work and self._core.step()
+                self._after_deliveries()
                 self._forget_settled()
         except BaseException:
             logger.critical("the engine thread died", exc_info=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,28 +17,27 @@ import torch
 from torch import Tensor
 
 from scone.cache.device import Device
-from scone.cache.errors import RowReadError
 from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.state_identity import StateIdentity
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
 from scone.server.engine.block_restorer import Post
-from scone.server.engine.detokenizer import Detokenizer, TokenBytes
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
 from scone.server.engine.head import sample_tokens, score_prompt
-from scone.server.engine.input_rows import InputRows, SequenceRows
+from scone.server.engine.input_rows import InputRows
+from scone.server.engine.input_stage import InputStage
 from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import BlockMemory, Runner
 from scone.server.engine.observer import EngineObserver, step_stats
+from scone.server.engine.open_sequences import OpenSequences
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.recycler import Found, Recycler
 from scone.server.engine.row_overlay import RowOverlay, staging_device
-from scone.server.engine.row_waits import RowWaits
-from scone.server.engine.sampler import SamplerState
-from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState, Status
-from scone.server.sequence import Delta, FinishReason
+from scone.server.engine.sampler import SampledToken
+from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState
+from scone.server.sequence import Delta
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +56,10 @@ class EngineCore:
     ) -> None:
         """`device` stages rows for the runner; without one, the runner's own."""
         self.config = config
-        self.observer = observer
         self.overlay = RowOverlay(
             device or staging_device(runner.device), config.max_num_batched_tokens, runner.dim, runner.dtype
         )
         self._runner = runner
-        self._token_bytes = TokenBytes(tokenizer)
         self._tokenizer = tokenizer
         self._model_hash = model_hash
         self.state = SchedulerState(
@@ -71,10 +68,22 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
         )
-        self._generations: dict[scheduler.Sequence, Generation] = {}
+        self._sequences = OpenSequences(self.state, tokenizer, config.max_model_len, observer)
+        self._inputs = InputStage(runner, self.overlay, self._sequences)
         self._step_seconds = 0.0  # of the last step, without waiting for rows
-        self._row_waits = RowWaits()
-        self.recycler: Recycler | None = None
+
+    @property
+    def observer(self) -> EngineObserver:
+        return self._sequences.observer
+
+    @observer.setter
+    def observer(self, observer: EngineObserver) -> None:
+        self._sequences.observer = observer
+
+    @property
+    def recycler(self) -> Recycler | None:
+        """How states are fetched and kept; None: they are not."""
+        return self._sequences.recycler
 
     def recycle(
         self, store: RecycledStore, cost: RecycleCost, memory: BlockMemory, num_layers: int, post: Post
@@ -83,7 +92,7 @@ class EngineCore:
 
         `memory` is the runner's KV cache; `post` has something run between two steps, from any thread.
         """
-        self.recycler = Recycler(
+        self._sequences.recycler = Recycler(
             store,
             cost,
             memory,
@@ -97,7 +106,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._generations)
+        return bool(self._sequences.by_seq)
 
     def add(self, run: RequestRun) -> None:
         """Queues a request: matches its prompt and begins to read its rows."""
@@ -114,169 +123,101 @@ class EngineCore:
             root_hash=run.root if names_blocks else b"",
             reuse_prefix=not run.needs_all_positions,
         )
-        generation = self._begin(run, seq)
+        generation = self._sequences.begin(run, seq)
         scheduler.add(self.state, seq)
-        if run.input_rows is not None:
-            try:
-                generation.rows = run.input_rows.match(request.input_ids)
-                self._row_waits.note(generation)
-            except RowReadError as error:
-                self._fail(generation, str(error))
-            except Exception:
-                logger.exception("request %s: its prompt cannot be matched", request.request_id)
-                self._fail(generation, "internal error while matching the prompt")
-        if self.recycler is not None and generation.seq in self._generations:
+        self._inputs.match(generation)
+        if self.recycler is not None and generation in self._sequences:
             self.recycler.look_up(generation)
 
     def abort(self, run: RequestRun) -> None:
         """Ends a request in whatever state; its sequences get a last delta with reason `abort`."""
-        self._end(run, "abort")
+        self._sequences.end(run, "abort")
 
     def step(self) -> bool:
         """Advances whatever can be; false if nothing could, for want of requests or of rows."""
         began = time.monotonic()
         if self.recycler is not None:
             self.recycler.poll(self._step_seconds)
-        self._stage_waiting()
-        self._row_waits.poll()
-        self._row_waits.wait(len(self.state.running), self._step_seconds)
+        self._inputs.stage_waiting(self.state, self.config.max_num_staged_tokens)
+        self._sequences.waits.poll()
+        self._sequences.waits.wait(len(self.state.running), self._step_seconds)
         schedule = scheduler.schedule(self.state)
         self._settle(schedule)
-        chunks = schedule.chunks
-        if chunks:
-            try:
-                advanced = time.monotonic()
-                with torch.inference_mode():
-                    self._advance(chunks)
-                self._step_seconds = time.monotonic() - advanced
-                if self.recycler is not None:
-                    self.recycler.note_speed(chunks, self._step_seconds)
-            except Exception:
-                logger.exception("a step over %d sequences failed; they are ended", len(chunks))
-                for chunk in chunks:
-                    self._fail(self._generations.get(chunk.seq), "internal error while computing this step")
-        self._report(schedule, time.monotonic() - began)
-        return bool(chunks)
-
-    # -- before the forward pass ---------------------------------------------------------------
-
-    def _stage_waiting(self) -> None:
-        """Issues the reads of waiting requests, oldest first, within `max_num_staged_tokens`."""
-        num_staged = 0
-        for seq in list(self.state.waiting):
-            num_staged += len(seq.token_ids)
-            generation = self._generations[seq]
-            if seq.num_stored_blocks is None:  # it may turn out to need none
-                continue
-            if generation.rows is not None and generation.rows.staged_from is None:
-                num_blocks = max(len(scheduler.cached_blocks(self.state, seq)), seq.num_stored_blocks)
-                self._stage(generation, num_blocks * self.config.block_size)
-            if num_staged >= self.config.max_num_staged_tokens:
-                return
-
-    def _stage(self, generation: Generation, start: int) -> None:
-        if generation.input_rows is not None and generation.run.input_rows is not None:
-            try:
-                generation.run.input_rows.stage(generation.input_rows, start)
-                self._row_waits.note(generation)
-            except Exception:
-                logger.exception(
-                    "request %s: its rows cannot be asked for", generation.run.request.request_id
-                )
-                self._fail(generation, "internal error while asking for f-gram rows")
+        if schedule.chunks:
+            self._compute(schedule.chunks)
+        if schedule.chunks or schedule.preempted:
+            self.observer.on_step(step_stats(self.state, schedule, time.monotonic() - began))
+        return bool(schedule.chunks)
 
     def _settle(self, schedule: Schedule) -> None:
         """Follows up what the scheduler decided: reads to give up, reads to issue, times to note."""
         now = time.monotonic()
+        generations = self._sequences.by_seq
         for seq in schedule.preempted:
-            generation = self._generations[seq]
+            generation = generations[seq]
             if generation.rows is not None:
                 generation.rows.cancel()
-                self._row_waits.note(generation)
+                self._sequences.waits.note(generation)
         if self.recycler is not None:
-            self.recycler.follow(schedule, self._generations)
+            self.recycler.follow(schedule, generations)
         for seq in schedule.starved:
-            generation = self._generations[seq]
+            generation = generations[seq]
             if generation.starved_since is None:
                 generation.starved_since = now
-            self._stage(generation, seq.num_computed_tokens)
+            self._inputs.stage(generation, seq.num_computed_tokens)
         for chunk in schedule.chunks:
-            generation = self._generations[chunk.seq]
+            generation = generations[chunk.seq]
             if generation.run.started_at is None:
                 generation.run.started_at = now
             if generation.starved_since is not None:
                 self.observer.on_rows_waited(now - generation.starved_since)
                 generation.starved_since = None
 
-    def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
-        """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
-        rows = self._rows_of(chunks)
-        if any([r is not None and r.reads for r in rows]):
-            chunks = self._end_unreadable(chunks, self._read_error)
-            rows = self._rows_of(chunks)
-        while chunks:
-            embeddings = self._runner.embed(chunks)
-            try:
-                self.overlay.lay(rows, chunks, embeddings)
-                if self.recycler is not None:
-                    runs = [self._generations[chunk.seq].run for chunk in chunks]
-                    self.overlay.lay_states([run.states for run in runs], chunks, embeddings)
-                return chunks, embeddings
-            except RowReadError as error:  # a row in memory is damaged: find out whose
-                readable = self._end_unreadable(chunks, self._gather_error)
-                if len(readable) == len(chunks):
-                    raise RowReadError(f"rows cannot be read together: {error}") from None
-                chunks, rows = readable, self._rows_of(readable)
-        return [], torch.empty(0)
-
-    def _rows_of(self, chunks: Sequence[Chunk]) -> list[SequenceRows | None]:
-        return [self._generations[chunk.seq].input_rows for chunk in chunks]
-
-    def _end_unreadable(
-        self, chunks: list[Chunk], error_of: Callable[[Generation, Chunk], RowReadError | None]
-    ) -> list[Chunk]:
-        """Ends the requests whose rows cannot be read; returns the others' chunks."""
-        for chunk in chunks:
-            generation = self._generations.get(chunk.seq)
-            if generation is not None and (error := error_of(generation, chunk)) is not None:
-                self._fail(generation, str(error))
-        return [chunk for chunk in chunks if chunk.seq.status is Status.RUNNING]
-
-    def _read_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
-        rows = generation.rows
-        return None if rows is None else rows.error(chunk.start, chunk.start + chunk.num_tokens)
-
-    def _gather_error(self, generation: Generation, chunk: Chunk) -> RowReadError | None:
-        rows = generation.rows
-        return None if rows is None else rows.source.gather_error(rows, chunk)
-
-    # -- the step ------------------------------------------------------------------------------
+    def _compute(self, chunks: list[Chunk]) -> None:
+        """Computes the chunks and what follows from them; an error ends their requests."""
+        try:
+            began = time.monotonic()
+            with torch.inference_mode():
+                self._advance(chunks)
+            self._step_seconds = time.monotonic() - began
+            if self.recycler is not None:
+                self.recycler.note_speed(chunks, self._step_seconds)
+        except Exception:
+            logger.exception("a step over %d sequences failed; they are ended", len(chunks))
+            for chunk in chunks:
+                generation = self._sequences.by_seq.get(chunk.seq)
+                if generation is not None:
+                    self._sequences.fail(generation, "internal error while computing this step")
 
     def _advance(self, chunks: list[Chunk]) -> None:
-        chunks, embeddings = self._embed(chunks)
+        chunks, embeddings = self._inputs.embed(chunks)
         if not chunks:
             return
-        ranges = [self._generations[c.seq].run.layers for c in chunks]
-        hidden = self._runner.forward_each(chunks, embeddings, ranges)
+        generations = [self._sequences.by_seq[chunk.seq] for chunk in chunks]
+        hidden = self._runner.forward_each(chunks, embeddings, [g.run.layers for g in generations])
         sampling: list[tuple[Generation, int]] = []
         end = 0
-        for chunk in chunks:
+        for generation, chunk in zip(generations, chunks, strict=True):
             begin, end = end, end + chunk.num_tokens
-            generation = self._generations[chunk.seq]
-            scheduler.commit(self.state, chunk)
-            if num_new := generation.run.count_prompt_tokens(chunk.seq.num_computed_tokens):
-                self.observer.on_prompt_tokens(num_new)
-            if generation.rows is not None and generation.rows.reads:
-                generation.rows.drop_before(chunk.seq.num_computed_tokens)
-            if self.recycler is not None and chunk.start < len(generation.run.request.input_ids):
-                self.recycler.keep(generation, chunk, hidden[begin:end])
-            if generation.needs_prompt_logits:
-                score_prompt(self._runner, generation.run, chunk, hidden[begin:end])
+            self._commit(generation, chunk, hidden[begin:end])
             if generation.run.pooler is not None:
                 self._pool(generation, generation.run.pooler, chunk, hidden[begin:end])
             elif chunk.reaches_end:
                 sampling += [(g, end - 1) for g in self._fork(generation)]
         self._sample(hidden, sampling)
+
+    def _commit(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
+        """Notes that a chunk is computed: its hidden states are (num_tokens, dim)."""
+        run = generation.run
+        scheduler.commit(self.state, chunk)
+        if num_new := run.count_prompt_tokens(chunk.seq.num_computed_tokens):
+            self.observer.on_prompt_tokens(num_new)
+        if generation.rows is not None and generation.rows.reads:
+            generation.rows.drop_before(chunk.seq.num_computed_tokens)
+        if self.recycler is not None and chunk.start < len(run.request.input_ids):
+            self.recycler.keep(generation, chunk, hidden)
+        if generation.needs_prompt_logits:
+            score_prompt(self._runner, run, chunk, hidden)
 
     def _pool(self, generation: Generation, pooler: Pooler, chunk: Chunk, hidden: Tensor) -> None:
         pooler.add(chunk.start, hidden)
@@ -284,10 +225,9 @@ class EngineCore:
             return
         embedding = pooler.result()
         if not np.isfinite(embedding).all():
-            self._fail(generation, "the model's output is not finite", forget=True)
+            self._sequences.fail(generation, "the model's output is not finite", forget=True)
             return
-        self._close(generation)
-        self._finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
+        self._sequences.finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
 
     def _fork(self, generation: Generation) -> list[Generation]:
         """The sequences to sample from this one's logits: itself and, the first time, its siblings."""
@@ -305,7 +245,7 @@ class EngineCore:
                 root_hash=generation.seq.root_hash,
                 num_cached_tokens=generation.seq.num_cached_tokens,
             )
-            sibling = self._begin(run, seq)
+            sibling = self._sequences.begin(run, seq)
             sibling.rows = None if generation.rows is None else generation.rows.fork()
             blocks = scheduler.fork(self.state, generation.seq, seq)
             if blocks is not None:
@@ -313,14 +253,13 @@ class EngineCore:
                 started.append(sibling)
             elif sibling.rows is not None:
                 sibling.rows.cancel()  # it computes the prompt itself
-            self._row_waits.note(sibling)
+            self._sequences.waits.note(sibling)
         self._runner.copy_blocks(copies)
         return started
 
     def _sample(self, hidden: Tensor, sampling: list[tuple[Generation, int]]) -> None:
-        """The next tokens of sequences, each from its row of `hidden` (num_tokens, dim)."""
+        """One token for each sequence, from its row of `hidden` (num_tokens, dim); ends those done."""
         finished: list[tuple[Generation, Delta]] = []
-        deltas: list[tuple[Generation, Delta]] = []
         wanted = []
         for generation, row in sampling:
             if generation.run.request.sampling.max_tokens == 0:
@@ -328,104 +267,32 @@ class EngineCore:
             else:
                 wanted.append((generation, row))
         tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
-        now = time.monotonic()
-        for (generation, _), token in zip(wanted, tokens, strict=True):
-            if token.token_id is None and generation.seq in self._generations:
-                self._fail(generation, "the model's output is not finite", forget=True)
-        for (generation, _), token in zip(wanted, tokens, strict=True):
-            if generation.seq in self._generations:  # neither it nor a sibling has failed
-                generation.note_token_time(now, self.observer)
-                delta = generation.accept(token)
-                (deltas if delta.finish_reason is None else finished).append((generation, delta))
+        deltas = self._accept([g for g, _ in wanted], tokens)
+        finished += [(g, delta) for g, delta in deltas if delta.finish_reason is not None]
+        going_on = [(g, delta) for g, delta in deltas if delta.finish_reason is None]
         # The reads are issued first: they go on while the deltas are delivered.
-        self._extend_rows([g for g, _ in deltas])
+        self._inputs.extend([g for g, _ in going_on])
         for generation, delta in finished:
-            if generation.seq in self._generations:
-                self._close(generation)
-                self._finish(generation, delta)
-        for generation, delta in deltas:
-            if generation.seq in self._generations:  # no receiver of a sibling has failed
-                self._deliver(generation, delta)
+            if generation in self._sequences:
+                self._sequences.finish(generation, delta)
+        for generation, delta in going_on:
+            if generation in self._sequences:  # no receiver of a sibling has failed
+                self._sequences.deliver(generation, delta)
 
-    def _extend_rows(self, generations: Sequence[Generation]) -> None:
-        """Matches the newest tokens and asks for their rows: one match and one read per table.
-
-        Rows in memory need not be asked for: they are matched when a step lays them.
-        """
-        for source in {g.run.input_rows for g in generations}:
-            if source is not None and source.reads_ahead:
-                group = [g for g in generations if g.run.input_rows is source]
-                try:
-                    self._extend_group(source, group)
-                except RowReadError:  # some page of the index is damaged: find out whose
-                    for generation in group:
-                        self._extend_alone(source, generation)
-
-    def _extend_group(self, source: InputRows, group: Sequence[Generation]) -> None:
-        rows = [g.rows for g in group if g.rows is not None]
-        if source.extend(rows, [g.seq.token_ids for g in group]):
-            for generation in group:
-                self._row_waits.note(generation)
-
-    def _extend_alone(self, source: InputRows, generation: Generation) -> None:
-        try:
-            self._extend_group(source, [generation])
-        except RowReadError as error:
-            self._fail(generation, str(error))
-
-    # -- ends ----------------------------------------------------------------------------------
-
-    def _fail(self, generation: Generation | None, message: str, *, forget: bool = False) -> None:
-        """Ends the whole request of a sequence with an error."""
-        if generation is not None:
-            self._end(generation.run, "error", message, forget=forget)
-
-    def _end(
-        self, run: RequestRun, reason: FinishReason, error: str | None = None, *, forget: bool = False
-    ) -> None:
-        """Ends all open sequences of a request, also those that have not begun."""
-        for index in range(len(run.generations), run.request.n):
-            seq = scheduler.Sequence(
-                arrival=run.arrival,
-                index=index,
-                token_ids=list(run.request.input_ids),
-                status=Status.FINISHED,
-            )
-            self._begin(run, seq)
-        for generation in run.generations:
-            if generation.seq in self._generations:
-                self._close(generation, forget=forget)
-                self._finish(generation, generation.delta(reason=reason, error=error))
-
-    def _close(self, generation: Generation, *, forget: bool = False) -> None:
-        """Gives back everything a sequence holds."""
-        del self._generations[generation.seq]
-        self._row_waits.forget(generation)
-        if self.recycler is not None:
-            self.recycler.forget(generation)
-        if generation.rows is not None:
-            generation.rows.cancel()
-        if generation.seq.status is not Status.FINISHED:
-            scheduler.finish(self.state, generation.seq, forget=forget)
-
-    def _finish(self, generation: Generation, delta: Delta) -> None:
-        assert delta.finish_reason is not None
-        assert delta.usage is not None
-        run = generation.run
-        run.num_open -= 1
-        if self.recycler is not None:
-            self.recycler.keep_result(generation, delta)
-        seconds = time.monotonic() - run.submitted_at
-        self.observer.on_sequence_finished(run.request, delta.finish_reason, delta.usage, seconds)
-        self._deliver(generation, delta)
-
-    def _deliver(self, generation: Generation, delta: Delta) -> None:
-        try:
-            generation.run.on_delta(delta)
-        except Exception:
-            logger.exception("request %s: its receiver failed", generation.run.request.request_id)
-            if delta.finish_reason is None:
-                self._end(generation.run, "abort")
+    def _accept(
+        self, generations: Sequence[Generation], tokens: Sequence[SampledToken]
+    ) -> list[tuple[Generation, Delta]]:
+        """Appends each sequence's token; requests of which one could not be drawn are ended."""
+        now = time.monotonic()
+        for generation, token in zip(generations, tokens, strict=True):
+            if token.token_id is None and generation in self._sequences:
+                self._sequences.fail(generation, "the model's output is not finite", forget=True)
+        deltas = []
+        for generation, token in zip(generations, tokens, strict=True):
+            if generation in self._sequences:  # neither it nor a sibling has failed
+                generation.note_token_time(now, self.observer)
+                deltas.append((generation, generation.accept(token)))
+        return deltas
 
     # -- recycled states -----------------------------------------------------------------------
 
@@ -450,35 +317,7 @@ class EngineCore:
             generation.num_generated = len(found.result.token_ids)
             if generation.num_generated:
                 generation.note_token_time(run.started_at, self.observer)
-            self._close(generation)
-            self._finish(generation, found.result.delta(generation.usage()))
+            self._sequences.finish(generation, found.result.delta(generation.usage()))
         elif found.states is not None:
             run.first_layer, run.states = found.layer, found.states
-            self._row_waits.note(generation)
-
-    # -- small parts ---------------------------------------------------------------------------
-
-    def _begin(self, run: RequestRun, seq: scheduler.Sequence) -> Generation:
-        params = run.request.sampling
-        generation = Generation(
-            run=run,
-            seq=seq,
-            sampler=SamplerState(params, seq.index, run.request.input_ids, self._tokenizer.eos_ids),
-            detokenizer=Detokenizer(
-                self._token_bytes,
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-                skip_special_tokens=params.skip_special_tokens,
-            ),
-            eos_ids=self._tokenizer.eos_ids,
-            max_model_len=self.config.max_model_len,
-        )
-        run.generations.append(generation)
-        self._generations[seq] = generation
-        self._row_waits.note(generation)
-        return generation
-
-    def _report(self, schedule: Schedule, seconds: float) -> None:
-        if not schedule.chunks and not schedule.preempted:
-            return
-        self.observer.on_step(step_stats(self.state, schedule, seconds))
+            self._sequences.waits.note(generation)

@@ -42,6 +42,12 @@ def sample_tokens(
     places = [row for _, row in wanted]
     if places != list(range(len(hidden))):
         hidden = hidden.index_select(0, to_device(torch.tensor(places), hidden.device))
+    if all([sampler.takes_the_best for sampler, _ in wanted]):
+        token_ids, logits = runner.best_tokens(hidden)
+        is_finite = logits.isfinite().tolist()
+        return [
+            SampledToken(t if f else None, None) for t, f in zip(token_ids.tolist(), is_finite, strict=True)
+        ]
     if not any(restricted):
         logits = runner.logits(hidden)
     else:

@@ -22,6 +22,7 @@ from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.block_form import BlockForm
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.host_pages import populate
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
@@ -51,6 +52,7 @@ class Forward(Protocol):
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Runner(Protocol):
@@ -74,6 +76,7 @@ class Runner(Protocol):
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor: ...
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
 
 
@@ -180,11 +183,20 @@ class ModelRunner:
         ids = torch.tensor(token_ids, device=self.device)
         return logits.index_copy_(1, ids, self._forward.logits_of(hidden, token_ids))
 
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row the token with the highest logit, int64 (n,), and that logit, float32 (n,)."""
+        return self._forward.best_tokens(hidden)
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers."""
         if pairs:
             sources, targets = (list(ids) for ids in zip(*pairs, strict=True))
             self._kv_cache[:, :, targets] = self._kv_cache[:, :, sources]
+
+    def populate(self) -> None:
+        """Makes the cache's pages, which else come when first used; from any thread, at any time."""
+        if self.device.type == "cpu":
+            populate(self._kv_cache)
 
     @property
     def block_bytes(self) -> int:

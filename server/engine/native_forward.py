@@ -98,6 +98,10 @@ class NativeForward:
         """(n, vocab_size) float32."""
         return self._head(self._workspace, hidden)
 
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) with the highest logits, and these (n,); no other logit leaves the processor."""
+        return self._head.best(self._workspace, hidden)
+
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, len(token_ids)) float32; no other row of the head is read."""
         return torch.nn.functional.linear(hidden, self._head_weight[list(token_ids)].float())

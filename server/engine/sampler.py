@@ -56,6 +56,14 @@ class SamplerState:
             or (self._final_ids and self._num_generated < self.params.min_tokens)
         )
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the next token is that of the highest logit, and nothing else is asked of the logits."""
+        params = self.params
+        return (
+            self.is_greedy and params.logprobs is None and params.allowed_token_ids is None and self.is_plain
+        )
+
     def append(self, token_id: int) -> None:
         """Counts a token that was generated."""
         self._num_generated += 1

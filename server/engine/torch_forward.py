@@ -53,6 +53,11 @@ class TorchForward:
         """(n, vocab_size) float32."""
         return self._decoder.logits(hidden).float()
 
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) with the highest logits, and these (n,)."""
+        values, token_ids = self.logits(hidden).max(dim=-1)
+        return token_ids, values
+
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, len(token_ids)) float32; no other row of the head is read."""
         return torch.nn.functional.linear(hidden, self._decoder.lm_head.weight[list(token_ids)]).float()

@@ -136,6 +136,11 @@ class TritonForward:
         logits: Tensor = self._head(hidden)
         return logits.float()
 
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) with the highest logits, and these (n,)."""
+        values, token_ids = self.logits(hidden).max(dim=-1)
+        return token_ids, values
+
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, len(token_ids)) float32; no other row of the head is read."""
         ids = torch.tensor(token_ids, device=hidden.device)

@@ -149,6 +149,8 @@ def test_extreme_weights_and_inputs(workspace: Workspace) -> None:
 
 def test_wrong_shapes_are_refused(workspace: Workspace) -> None:
     with pytest.raises(ValueError, match="x is not"):
+        PackedLinear(torch.zeros(16, 32), "f32").best(workspace, torch.zeros(2, 31))
+    with pytest.raises(ValueError, match="x is not"):
         PackedLinear(torch.randn(4, 8), "f32")(workspace, torch.randn(2, 9))
     with pytest.raises(ValueError, match="bias is not"):
         PackedLinear(torch.randn(4, 8), "f32", torch.randn(5))

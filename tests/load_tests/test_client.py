@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from load_tests.client import RequestRecord, ResponseError, complete, post_json
+from load_tests.client import RequestRecord, complete, post_json
+from load_tests.http_response import ResponseError
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def test_events_split_anywhere_and_keep_alives() -> None:
         ([b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nfull"], "HTTP 503: b'full'"),
         ([OK + b"\r\n" + TEXT], "the stream ended without [DONE]"),
         ([OK + b"\r\n" + b'data: {"error":{"message":"row lost"}}\n\n' + DONE], "row lost"),
-        ([OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"ff\r\nda"], "IncompleteReadError"),
+        ([OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"ff\r\nda"], "cut short"),
         ([OK + b"\r\n", 2.5], "no complete answer within 2 s"),
     ],
 )

@@ -29,7 +29,7 @@ from scone.model_store.fgram_set import FGramSet
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.api.app import create_app
 from scone.server.api.config import ApiConfig
-from scone.server.api.http_server import HttpServer, listen
+from scone.server.api.http_server import HttpServer, listen, new_event_loop
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
@@ -98,6 +98,10 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.aborted: set[str] = set()
         self.finished: list[str] = []
+        self._after_deliveries: Callable[[], None] = lambda: None
+
+    def after_deliveries(self, call: Callable[[], None]) -> None:
+        self._after_deliveries = call
 
     def submit_batch(self, batch: Sequence[tuple[GenerationRequest, OnDelta]]) -> None:
         if len(batch) > self.room:
@@ -161,6 +165,7 @@ class ScriptedEngine:
                     error="row 7 could not be read from /data/rows.bin" if is_failed else None,
                 )
             )
+            self._after_deliveries()
             if is_last:
                 return
 
@@ -230,7 +235,7 @@ def serve() -> Serve:
             state.serve(model)
         listener = listen("127.0.0.1", 0)
         http_server = HttpServer(create_app(state), state, listener)
-        loop = asyncio.new_event_loop()
+        loop = new_event_loop()
         thread = threading.Thread(target=loop.run_until_complete, args=(http_server.run_until_stopped(),))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -251,6 +251,18 @@ def test_a_receiver_that_raises_ends_its_request_only(make_world: MakeWorld) -> 
     assert bad.deltas == {}
 
 
+def test_a_batch_of_best_tokens_takes_those_of_all_logits(make_world: MakeWorld) -> None:
+    """Where all sequences are greedy no logits are made; beside one that draws, they are made for all."""
+    world = make_world()
+    prompts = [random_prompt(seed, 9 + seed) for seed in range(4)]
+    alone = [world.add(prompt, max_tokens=12) for prompt in prompts]
+    world.run()
+    beside = [world.add(prompt, max_tokens=12) for prompt in prompts]
+    world.add(prompts[0], max_tokens=12, temperature=1.0, seed=3)
+    world.run()
+    assert [o.tokens() for o in alone] == [o.tokens() for o in beside]
+
+
 def test_allowed_token_ids_only(make_world: MakeWorld) -> None:
     world = make_world()
     free = world.add([5, 6, 7], max_tokens=4)

@@ -1,0 +1,120 @@
+"""The sequences under way: how each begins, is heard of, and ends, giving back all that it holds."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine import scheduler
+from scone.server.engine.detokenizer import Detokenizer, TokenBytes
+from scone.server.engine.generation import Generation, RequestRun
+from scone.server.engine.observer import EngineObserver
+from scone.server.engine.recycler import Recycler
+from scone.server.engine.row_waits import RowWaits
+from scone.server.engine.sampler import SamplerState
+from scone.server.engine.scheduler import SchedulerState, Status
+from scone.server.sequence import Delta, FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class OpenSequences:
+    """Every sequence from its request's admission to its last delta.
+
+    Attributes:
+        by_seq: the sequences by what the scheduler knows them as.
+        waits: which of them wait for f-gram rows.
+        recycler: is told what ends, if states are kept.
+    """
+
+    def __init__(
+        self, state: SchedulerState, tokenizer: Tokenizer, max_model_len: int, observer: EngineObserver
+    ) -> None:
+        self.observer = observer
+        self.waits = RowWaits()
+        self.recycler: Recycler | None = None
+        self._state = state
+        self._tokenizer = tokenizer
+        self._token_bytes = TokenBytes(tokenizer)
+        self._max_model_len = max_model_len
+        self.by_seq: dict[scheduler.Sequence, Generation] = {}
+
+    def __contains__(self, generation: Generation) -> bool:
+        return generation.seq in self.by_seq
+
+    def begin(self, run: RequestRun, seq: scheduler.Sequence) -> Generation:
+        """The next sequence of a request."""
+        params = run.request.sampling
+        generation = Generation(
+            run=run,
+            seq=seq,
+            sampler=SamplerState(params, seq.index, run.request.input_ids, self._tokenizer.eos_ids),
+            detokenizer=Detokenizer(
+                self._token_bytes,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            eos_ids=self._tokenizer.eos_ids,
+            max_model_len=self._max_model_len,
+        )
+        run.generations.append(generation)
+        self.by_seq[seq] = generation
+        self.waits.note(generation)
+        return generation
+
+    def fail(self, generation: Generation, message: str, *, forget: bool = False) -> None:
+        """Ends the whole request of a sequence with an error."""
+        self.end(generation.run, "error", message, forget=forget)
+
+    def end(
+        self, run: RequestRun, reason: FinishReason, error: str | None = None, *, forget: bool = False
+    ) -> None:
+        """Ends all open sequences of a request, also those that have not begun.
+
+        With `forget`, none of their blocks is found again: what they hold may be damaged.
+        """
+        for index in range(len(run.generations), run.request.n):
+            seq = scheduler.Sequence(
+                arrival=run.arrival,
+                index=index,
+                token_ids=list(run.request.input_ids),
+                status=Status.FINISHED,
+            )
+            self.begin(run, seq)
+        for generation in run.generations:
+            if generation in self:
+                self.finish(generation, generation.delta(reason=reason, error=error), forget=forget)
+
+    def finish(self, generation: Generation, delta: Delta, *, forget: bool = False) -> None:
+        """Gives back everything a sequence holds and delivers its last delta."""
+        assert delta.finish_reason is not None
+        assert delta.usage is not None
+        self._close(generation, forget)
+        run = generation.run
+        run.num_open -= 1
+        if self.recycler is not None:
+            self.recycler.keep_result(generation, delta)
+        seconds = time.monotonic() - run.submitted_at
+        self.observer.on_sequence_finished(run.request, delta.finish_reason, delta.usage, seconds)
+        self.deliver(generation, delta)
+
+    def deliver(self, generation: Generation, delta: Delta) -> None:
+        """Tells the request's receiver; if that fails, the request is aborted."""
+        try:
+            generation.run.on_delta(delta)
+        except Exception:
+            logger.exception("request %s: its receiver failed", generation.run.request.request_id)
+            if delta.finish_reason is None:
+                self.end(generation.run, "abort")
+
+    def _close(self, generation: Generation, forget: bool) -> None:
+        del self.by_seq[generation.seq]
+        self.waits.forget(generation)
+        if self.recycler is not None:
+            self.recycler.forget(generation)
+        if generation.rows is not None:
+            generation.rows.cancel()
+        if generation.seq.status is not Status.FINISHED:
+            scheduler.finish(self._state, generation.seq, forget=forget)
