@@ -1,30 +1,36 @@
 """How a state lies in LMDB: an entry of its own, its place in the order of worth, and its bytes in chunks.
 
 LMDB keeps a value of more than about 2 KiB on pages of its own, 16 bytes of the first being their header, so
-that 4,096 bytes take 8,192; smaller values share a page. A state is cut so that its chunks just fill 4 pages
+that 4,096 bytes take 8,192; smaller values share a page. A state is cut so that its chunks just fill 16 pages
 each, and a rest of up to 2,016 bytes shares a page with others. Chunks of one size also keep a full file
 usable: the pages that one state leaves are fit for the next, which a run of 180 pages seldom is.
+
+An entry names the pages of its chunks, which LMDB never moves: to ask LMDB for a chunk would touch each of
+its pages, one fault after the other.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import lmdb
+import numpy as np
+from numpy.typing import NDArray
 
 from scone.cache.state_worth import Worth
 
 PAGE_BYTES = 4096
 PAGE_HEADER_BYTES = 16
-CHUNK_PAGES = 4
+CHUNK_PAGES = 16
 CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES - PAGE_HEADER_BYTES
 IN_LEAF_BYTES = 2016
 """The longest value that shares a page, for the keys used here."""
 
 _ENTRY = struct.Struct("<QQQIdd")
+_PAGE_NUMBER = np.dtype("<u4")
 _CHUNK_KEY = struct.Struct(">QI")
 _SCORE = struct.Struct(">d")
 
@@ -37,6 +43,7 @@ class Entry:
         state_id: of its chunks; never given twice.
         num_id_bytes, num_payload_bytes: length of the two parts of its bytes, ids first.
         crc: of both and of its name.
+        pages: (n,) uint32: the first page in the file of each chunk that has pages of its own.
     """
 
     state_id: int
@@ -44,13 +51,19 @@ class Entry:
     num_payload_bytes: int
     crc: int
     worth: Worth
+    pages: NDArray[np.uint32]
 
     @property
     def num_bytes(self) -> int:
         return self.num_id_bytes + self.num_payload_bytes
 
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """(n,) where in the file the bytes of the chunks in `pages` begin; their sizes are `cut`'s."""
+        return self.pages.astype(np.int64) * PAGE_BYTES + PAGE_HEADER_BYTES
+
     def to_bytes(self) -> bytes:
-        return _ENTRY.pack(
+        fixed = _ENTRY.pack(
             self.state_id,
             self.num_id_bytes,
             self.num_payload_bytes,
@@ -58,36 +71,62 @@ class Entry:
             self.worth.density,
             self.worth.uses,
         )
+        return fixed + self.pages.astype(_PAGE_NUMBER).tobytes()
 
     def rated(self, worth: Worth) -> Entry:
         return replace(self, worth=worth)
 
     @classmethod
     def from_bytes(cls, value: bytes | memoryview) -> Self:
-        if len(value) != _ENTRY.size:
-            raise lmdb.CorruptedError(f"an entry has {len(value)} bytes, wanted {_ENTRY.size}")
-        state_id, num_id_bytes, num_payload_bytes, crc, density, uses = _ENTRY.unpack(value)
-        return cls(state_id, num_id_bytes, num_payload_bytes, crc, Worth(density, uses))
+        """Raises lmdb.CorruptedError."""
+        if len(value) < _ENTRY.size or (len(value) - _ENTRY.size) % _PAGE_NUMBER.itemsize:
+            raise lmdb.CorruptedError(f"an entry has {len(value)} bytes")
+        state_id, num_id_bytes, num_payload_bytes, crc, density, uses = _ENTRY.unpack_from(value)
+        pages = np.frombuffer(value, _PAGE_NUMBER, offset=_ENTRY.size).copy()
+        return cls(state_id, num_id_bytes, num_payload_bytes, crc, Worth(density, uses), pages)
 
 
 def chunk_key(state_id: int, chunk: int) -> bytes:
     return _CHUNK_KEY.pack(state_id, chunk)
 
 
-def chunks(num_bytes: int) -> Iterator[tuple[int, int]]:
-    """The (begin, end) of each chunk of a state of `num_bytes`."""
-    begin = 0
-    while begin < num_bytes:
-        rest = num_bytes - begin
-        whole = (rest + PAGE_HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES - PAGE_HEADER_BYTES
-        if rest >= CHUNK_BYTES:
-            length = CHUNK_BYTES
-        elif whole > 0 and rest - whole <= IN_LEAF_BYTES:
-            length = whole
-        else:
-            length = rest
-        yield begin, begin + length
-        begin += length
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the bytes of a state are cut.
+
+    Attributes:
+        sizes: (n,) int64: of the chunks that have pages of their own.
+        tail_bytes: of the last chunk, if it shares a page with others, else 0.
+    """
+
+    sizes: NDArray[np.int64]
+    tail_bytes: int
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.sizes) + (self.tail_bytes > 0)
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """The (begin, end) of each chunk."""
+        ends = np.cumsum(self.sizes).tolist()
+        if self.tail_bytes:
+            ends.append((ends[-1] if ends else 0) + self.tail_bytes)
+        return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
+
+
+@lru_cache(maxsize=1024)
+def cut(num_bytes: int) -> Cut:
+    """The cut of a state of `num_bytes`."""
+    num_full, rest = divmod(num_bytes, CHUNK_BYTES)
+    sizes = [CHUNK_BYTES] * num_full
+    whole = max(0, (rest + PAGE_HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES - PAGE_HEADER_BYTES)
+    tail = rest - whole
+    if tail > IN_LEAF_BYTES:
+        whole, tail = rest, 0
+    if whole:
+        sizes.append(whole)
+    return Cut(np.array(sizes, np.int64), tail)
 
 
 def num_pages(num_bytes: int) -> int:

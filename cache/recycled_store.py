@@ -116,6 +116,15 @@ class RecycledStore:
             tiers.append("ram" if ram else "disk")
         return tiers
 
+    def announce(self, kind: Kind, keys: Sequence[bytes]) -> None:
+        """Says that these will be read at once, so that the disk has them under way all together.
+
+        For worker threads, as `read`; `keys` are as many as the page cache may hold beside all else.
+        """
+        if self._disk is not None:
+            names = (state_key(kind, key) for key in keys)
+            self._disk.will_need([name for name in names if name not in self._ram])
+
     def read(
         self, kind: Kind, key: bytes, token_ids: TokenIds, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8] | None:
@@ -123,8 +132,8 @@ class RecycledStore:
 
         Args:
             token_ids: must equal those written.
-            out: contiguous bytes, as many as the payload has; undefined after a miss. Without it the array
-                returned is shared and not to be changed.
+            out: as many bytes as the payload has, contiguous or in rows (n, row_bytes) that are; undefined
+                after a miss. Without it the array returned is shared and not to be changed.
 
         Returns:
             None is a miss: absent, torn, damaged, of other token ids, or of another size than `out`.
@@ -174,12 +183,12 @@ class RecycledStore:
                     self._uses[record.name].append(now)
         in_ram = None if worth is None else self._worth_in_ram(worth.used(now), record)
         if in_ram is not None and self._ram.wants(record, in_ram):
-            own = record.payload.copy() if record.payload is out else record.payload
-            self._ram.put(replace(record, payload=own), in_ram)
+            own = record.payload.copy().reshape(-1) if record.payload is out else record.payload
+            self._ram.put(replace(record, payload=own, sums=None), in_ram)
         if out is None:
             return record.payload
         if record.payload is not out:
-            out[:] = record.payload
+            out[:] = record.payload.reshape(out.shape)
         return out
 
     def _worth_in_ram(self, worth: Worth, record: Record) -> Worth:

@@ -22,7 +22,9 @@ from scone.cache.recycled_header import HEADER_NAME, NUM_SHARDS
 from scone.cache.recycled_layout import (
     CHUNK_BYTES,
     IN_LEAF_BYTES,
-    chunks,
+    Entry,
+    chunk_key,
+    cut,
     name_in_order_key,
     num_pages,
     order_key,
@@ -97,12 +99,36 @@ def watched(folder: Path, limit: Callable[[], int]) -> Iterator[None]:
     "num_bytes", [1, 16, IN_LEAF_BYTES, 4080, 4081, 8176, CHUNK_BYTES, CHUNK_BYTES + 1, 50_000, 737_313]
 )
 def test_chunks_fill_pages(num_bytes: int) -> None:
-    cuts = list(chunks(num_bytes))
+    cuts = cut(num_bytes).bounds
     assert [begin for begin, _ in cuts] == [0, *[end for _, end in cuts[:-1]]]
     assert cuts[-1][1] == num_bytes
     # All but the last fill whole pages with their header, and the last wastes less than half a page.
     assert all((end - begin + 16) % 4096 == 0 for begin, end in cuts[:-1])
     assert num_pages(num_bytes) >= sum(-(-(end - begin + 16) // 4096) for begin, end in cuts)
+
+
+def test_entries_name_the_pages_where_lmdb_has_the_chunks(tmp_path: Path) -> None:
+    """In a fresh file, in one whose pages were used before, and in a copy."""
+    rng = random.Random(0)
+    shard = RecycledShard(tmp_path / "file", 16 << 20)
+    for number in range(60):
+        shard.write([(record(number, rng.choice((2304, 20_000, 300_000, 737_280))), worth(number))], [])
+        if number % 3 == 2:
+            shard.delete([record(rng.randrange(number), 0).name])
+    shard.copy_to(tmp_path / "copy", 16 << 20)
+    copy = RecycledShard(tmp_path / "copy", 16 << 20)
+    assert copy.usage() == shard.usage()
+    assert copy.usage()["blocks"][0] > 20
+    for one in (shard, copy):
+        raw = one.path.read_bytes()
+        with one._env.begin(buffers=True) as txn:
+            for _, value in txn.cursor(one._entries):
+                entry = Entry.from_bytes(value)
+                for number, offset in enumerate(entry.offsets.tolist()):
+                    chunk = txn.get(chunk_key(entry.state_id, number), db=one._chunks)
+                    assert chunk is not None
+                    assert raw[offset : offset + len(chunk)] == bytes(chunk)
+        one.close()
 
 
 def test_order_keys_sort_as_scores() -> None:
@@ -349,7 +375,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     content = bytearray(header.read_bytes())
     content[16] = 99
     header.write_bytes(content)
-    with pytest.raises(CacheError, match=r"format version 99, this program has 1: remove them with"):
+    with pytest.raises(CacheError, match=r"format version 99, this program has 2: remove them with"):
         RecycledDisk(tmp_path, BUDGET, RecycledStats())
     header.write_bytes(b"something else")
     with pytest.raises(CacheError, match="not the header of a store"):
