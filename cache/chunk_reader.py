@@ -2,8 +2,8 @@
 
 A page fault in the map would wait for the disk with the interpreter's lock held, and stop every thread; and
 asked for a value, LMDB's binding touches each of its pages. So LMDB is asked for the entry, which names the
-pages, and for the little that shares a page; the rest is read with system calls, straight to where it is
-wanted, chunks that follow each other together. Whoever calls holds a snapshot: no page of it is used again
+pages; they are read with system calls, straight to where they are wanted, chunks that follow each other
+together. Whoever calls holds a snapshot: no page of it is used again
 meanwhile.
 """
 
@@ -13,19 +13,17 @@ import ctypes
 import os
 import struct
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from scone.cache.recycled_layout import PAGE_BYTES, PAGE_HEADER_BYTES, Entry, chunk_key, cut
+from scone.cache.recycled_layout import PAGE_BYTES, PAGE_HEADER_BYTES, Entry, cut
 from scone.cache.recycled_record import SUMMED_BYTES, Bytes
 from scone.kernels.state_read import read_state, will_need
 
 _PAGE_HEADER = struct.Struct("<QHHI")
 _OVERFLOW = 0x04
-_NOTHING = np.empty(0, np.uint8)
 
 
 class ChunkReader:
@@ -40,26 +38,18 @@ class ChunkReader:
     def file_bytes(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def read(self, txn: Any, chunks: Any, entry: Entry, ids: Bytes, payload: Bytes) -> NDArray[np.uint32]:
+    def read(self, entry: Entry, ids: Bytes, payload: Bytes) -> NDArray[np.uint32]:
         """Fills both; returns the checksums of the payload's pages.
 
         Args:
-            txn: a snapshot, with buffers, in whose database `chunks` the chunks are.
             payload: flat, or rows that are contiguous each.
 
         Raises:
             OSError: they cannot be read, or are not there; their bytes are then undefined.
         """
-        pieces, tail = cut(entry.num_bytes), _NOTHING
-        if pieces.tail_bytes:
-            value = txn.get(chunk_key(entry.state_id, len(pieces.sizes)), b"", chunks)
-            tail = np.frombuffer(value, np.uint8)
-        if len(tail) != pieces.tail_bytes:
-            raise OSError(f"the last chunk of a state has {len(tail)} bytes, wanted {pieces.tail_bytes}")
+        sizes, tail = cut(entry.num_bytes).sizes, np.frombuffer(entry.tail, np.uint8)
         rows = payload.reshape(1, -1) if payload.ndim == 1 else payload
-        return read_state(
-            self._fd, entry.offsets, pieces.sizes, PAGE_HEADER_BYTES, tail, ids, rows, SUMMED_BYTES
-        )
+        return read_state(self._fd, entry.offsets, sizes, PAGE_HEADER_BYTES, tail, ids, rows, SUMMED_BYTES)
 
     def will_need(self, entry: Entry) -> None:
         """Has the kernel read a state's pages ahead."""

@@ -2,8 +2,9 @@
 
 LMDB keeps a value of more than about 2 KiB on pages of its own, 16 bytes of the first being their header, so
 that 4,096 bytes take 8,192; smaller values share a page. A state is cut so that its chunks just fill 16 pages
-each, and a rest of up to 2,016 bytes shares a page with others. Chunks of one size also keep a full file
-usable: the pages that one state leaves are fit for the next, which a run of 180 pages seldom is.
+each, and a rest of up to some 1,900 bytes lies in the entry, which shares a page with others. Chunks of one
+size also keep a full file usable: the pages that one state leaves are fit for the next, which a run of 180
+pages seldom is.
 
 An entry names the pages of its chunks, which LMDB never moves: to ask LMDB for a chunk would touch each of
 its pages, one fault after the other.
@@ -26,10 +27,12 @@ PAGE_BYTES = 4096
 PAGE_HEADER_BYTES = 16
 CHUNK_PAGES = 16
 CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES - PAGE_HEADER_BYTES
-IN_LEAF_BYTES = 2016
-"""The longest value that shares a page, for the keys used here."""
+LONGEST_ENTRY_BYTES = 1990
+"""The longest value that shares a page, for the names of states as keys."""
+LEAST_CHUNK_BYTES = 2048
+"""A shorter chunk is filled up to this, so that it has a page of its own."""
 
-_ENTRY = struct.Struct("<QQQIdd")
+_ENTRY = struct.Struct("<QQQIHdd")
 _PAGE_NUMBER = np.dtype("<u4")
 _CHUNK_KEY = struct.Struct(">QI")
 _SCORE = struct.Struct(">d")
@@ -43,7 +46,8 @@ class Entry:
         state_id: of its chunks; never given twice.
         num_id_bytes, num_payload_bytes: length of the two parts of its bytes, ids first.
         crc: of both and of its name.
-        pages: (n,) uint32: the first page in the file of each chunk that has pages of its own.
+        pages: (n,) uint32: the first page in the file of each chunk.
+        tail: what is left of its bytes behind the chunks.
     """
 
     state_id: int
@@ -52,6 +56,7 @@ class Entry:
     crc: int
     worth: Worth
     pages: NDArray[np.uint32]
+    tail: bytes
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +64,7 @@ class Entry:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """(n,) where in the file the bytes of the chunks in `pages` begin; their sizes are `cut`'s."""
+        """(n,) where in the file the bytes of the chunks begin; their sizes are `cut`'s."""
         return self.pages.astype(np.int64) * PAGE_BYTES + PAGE_HEADER_BYTES
 
     def to_bytes(self) -> bytes:
@@ -68,10 +73,11 @@ class Entry:
             self.num_id_bytes,
             self.num_payload_bytes,
             self.crc,
+            len(self.pages),
             self.worth.density,
             self.worth.uses,
         )
-        return fixed + self.pages.astype(_PAGE_NUMBER).tobytes()
+        return fixed + self.pages.astype(_PAGE_NUMBER).tobytes() + self.tail
 
     def rated(self, worth: Worth) -> Entry:
         return replace(self, worth=worth)
@@ -79,11 +85,17 @@ class Entry:
     @classmethod
     def from_bytes(cls, value: bytes | memoryview) -> Self:
         """Raises lmdb.CorruptedError."""
-        if len(value) < _ENTRY.size or (len(value) - _ENTRY.size) % _PAGE_NUMBER.itemsize:
+        if len(value) < _ENTRY.size:
             raise lmdb.CorruptedError(f"an entry has {len(value)} bytes")
-        state_id, num_id_bytes, num_payload_bytes, crc, density, uses = _ENTRY.unpack_from(value)
-        pages = np.frombuffer(value, _PAGE_NUMBER, offset=_ENTRY.size).copy()
-        return cls(state_id, num_id_bytes, num_payload_bytes, crc, Worth(density, uses), pages)
+        state_id, num_id_bytes, num_payload_bytes, crc, num_chunks, density, uses = _ENTRY.unpack_from(value)
+        tail_at = _ENTRY.size + num_chunks * _PAGE_NUMBER.itemsize
+        pages = np.frombuffer(value[_ENTRY.size : tail_at], _PAGE_NUMBER).copy()
+        worth, tail = Worth(density, uses), bytes(value[tail_at:])
+        entry = cls(state_id, num_id_bytes, num_payload_bytes, crc, worth, pages, tail)
+        pieces = cut(entry.num_bytes) if entry.num_bytes <= num_chunks * CHUNK_BYTES + len(tail) else None
+        if pieces is None or (len(pieces.sizes), pieces.tail_bytes) != (num_chunks, len(tail)):
+            raise lmdb.CorruptedError(f"an entry of {entry.num_bytes} bytes has {num_chunks} chunks")
+        return entry
 
 
 def chunk_key(state_id: int, chunk: int) -> bytes:
@@ -95,23 +107,17 @@ class Cut:
     """How the bytes of a state are cut.
 
     Attributes:
-        sizes: (n,) int64: of the chunks that have pages of their own.
-        tail_bytes: of the last chunk, if it shares a page with others, else 0.
+        sizes: (n,) int64: of the chunks, which have pages of their own.
+        tail_bytes: of the rest, which lies in the entry.
     """
 
     sizes: NDArray[np.int64]
     tail_bytes: int
 
     @property
-    def num_chunks(self) -> int:
-        return len(self.sizes) + (self.tail_bytes > 0)
-
-    @property
     def bounds(self) -> list[tuple[int, int]]:
         """The (begin, end) of each chunk."""
         ends = np.cumsum(self.sizes).tolist()
-        if self.tail_bytes:
-            ends.append((ends[-1] if ends else 0) + self.tail_bytes)
         return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
 
 
@@ -122,7 +128,7 @@ def cut(num_bytes: int) -> Cut:
     sizes = [CHUNK_BYTES] * num_full
     whole = max(0, (rest + PAGE_HEADER_BYTES) // PAGE_BYTES * PAGE_BYTES - PAGE_HEADER_BYTES)
     tail = rest - whole
-    if tail > IN_LEAF_BYTES:
+    if _ENTRY.size + (num_full + 1) * _PAGE_NUMBER.itemsize + tail > LONGEST_ENTRY_BYTES:
         whole, tail = rest, 0
     if whole:
         sizes.append(whole)

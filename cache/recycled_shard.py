@@ -18,6 +18,7 @@ import numpy as np
 
 from scone.cache.chunk_reader import ChunkReader, page_of
 from scone.cache.recycled_layout import (
+    LEAST_CHUNK_BYTES,
     PAGE_BYTES,
     Entry,
     chunk_key,
@@ -141,7 +142,7 @@ class RecycledShard:
             if payload is None or payload.nbytes != entry.num_payload_bytes:
                 payload = np.empty(entry.num_payload_bytes, np.uint8)
             try:
-                sums = self._reader.read(txn, self._chunks, entry, ids, payload)
+                sums = self._reader.read(entry, ids, payload)
             except OSError as error:
                 logger.warning("a state in %s cannot be read: %s", self.path, error)
                 sums = None
@@ -149,7 +150,7 @@ class RecycledShard:
 
     def _entry(self, value: memoryview) -> Entry:
         entry = Entry.from_bytes(value)
-        if entry.num_bytes > self.map_bytes or len(entry.pages) != len(cut(entry.num_bytes).sizes):
+        if entry.num_bytes > self.map_bytes:
             raise lmdb.CorruptedError(f"an entry of {self.path} has {entry.num_bytes} bytes")
         return entry
 
@@ -320,14 +321,23 @@ class RecycledShard:
             return  # another process was faster
         state_id = self._next_id(txn)
         txn.put(_NEXT_ID, (state_id + 1).to_bytes(8, "little"), db=self._counts)
-        pieces, pages = cut(record.num_bytes), []
+        pieces, pages = cut(record.num_bytes), list[int]()
         for chunk, (begin, end) in enumerate(pieces.bounds):
             key = chunk_key(state_id, chunk)
-            txn.put(key, record.part(begin, end), db=self._chunks, append=True)
-            if chunk < len(pieces.sizes):
-                pages.append(page_of(txn.get(key, db=self._chunks)))
-        sizes = len(record.ids), record.payload.nbytes
-        entry = Entry(state_id, *sizes, record.crc, worth, np.array(pages, np.uint32))
+            part = record.part(begin, end)
+            if len(part) < LEAST_CHUNK_BYTES:
+                part = bytes(part).ljust(LEAST_CHUNK_BYTES, b"\0")
+            txn.put(key, part, db=self._chunks, append=True)
+            pages.append(page_of(txn.get(key, db=self._chunks)))
+        entry = Entry(
+            state_id,
+            len(record.ids),
+            record.payload.nbytes,
+            record.crc,
+            worth,
+            np.array(pages, np.uint32),
+            bytes(record.part(record.num_bytes - pieces.tail_bytes, record.num_bytes)),
+        )
         txn.put(record.name, entry.to_bytes(), db=self._entries)
         txn.put(order_key(worth.score, record.name), b"", db=self._order)
         self._count(txn, kind_of(record.name), 1, record.payload.nbytes)
@@ -338,7 +348,7 @@ class RecycledShard:
             return False
         entry = Entry.from_bytes(value)
         txn.delete(order_key(entry.worth.score, name), db=self._order)
-        for chunk in range(cut(min(entry.num_bytes, self.map_bytes)).num_chunks):
+        for chunk in range(len(entry.pages)):
             if not txn.delete(chunk_key(entry.state_id, chunk), db=self._chunks):
                 break
         self._count(txn, kind_of(name), -1, -entry.num_payload_bytes)

@@ -23,6 +23,7 @@ from scone.server.engine.model_runner import ModelRunner, Runner
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay
+from scone.server.engine.scheduler import Status
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 STARVED_WAIT_SECONDS = 0.0005
 """How often the engine looks again when every sequence waits for rows."""
+
+POSTED_WAIT_SECONDS = 0.01
+"""The same where all wait for a store of recycled states, whose workers tell when they have something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +298,7 @@ class Engine:
             while True:
                 with self._changed:
                     if not self._commands and not progressed:
-                        waiting = STARVED_WAIT_SECONDS if self._core.has_work else None
+                        waiting = self._waiting_seconds() if self._core.has_work else None
                         self._last_step = time.monotonic()
                         if self._is_stopping and not self._core.has_work:
                             return
@@ -311,6 +315,12 @@ class Engine:
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _waiting_seconds(self) -> float:
+        state = self._core.state
+        is_told = all(seq.status is Status.RESTORING for seq in state.running)
+        is_told = is_told and all(seq.num_stored_blocks is None for seq in state.waiting)
+        return POSTED_WAIT_SECONDS if is_told else STARVED_WAIT_SECONDS
 
     def _forget_settled(self) -> None:
         """Takes started requests off the queue's count and ended ones off the books."""

@@ -326,7 +326,7 @@ class LateStore(SlowStore):
 def test_a_read_that_ends_late_writes_to_nobodys_blocks(
     make_world: MakeWorld, restarts: Restarts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks are read straight into the cache: those of a restore that was given up are not used meanwhile."""
+    """Blocks are read straight into the cache: those of a restore that was given up are nobody's by then."""
     monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 0.05)
     prompt = random_prompt(17, 100)
     cold = facts(answer(make_world(), prompt, max_tokens=30))
