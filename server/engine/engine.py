@@ -129,6 +129,8 @@ class Engine:
     def start(self) -> None:
         """Starts the engine thread."""
         self._thread.start()
+        if self._core.recycler is not None:
+            self._core.recycler.start()
 
     def submit(self, request: GenerationRequest, on_delta: OnDelta) -> None:
         """Admits a request; `on_delta` is called on the engine thread and must be quick.

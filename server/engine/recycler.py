@@ -25,6 +25,7 @@ from scone.cache.recycled_store import RecycledStore
 from scone.server.engine import scheduler
 from scone.server.engine.block_restorer import BlockRestorer, Post
 from scone.server.engine.block_saver import BlockSaver
+from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.generation import Generation
 from scone.server.engine.layer_states import LayerStates, states_name, unpack_states
 from scone.server.engine.model_runner import BlockMemory
@@ -101,6 +102,7 @@ class Recycler:
         self._observer, self._on_found = observer, on_found
         self.restorer = BlockRestorer(store, memory, device, state, post, self._restored)
         self.saver = BlockSaver(store, memory, device, state, post)
+        self.cache_pages = CachePages(memory.block(0)) if memory.block(0).is_cpu else None
         self._lookups = ThreadPoolExecutor(1, thread_name_prefix="scone-look-up")
         self._asked: dict[Generation, float] = {}  # deadlines
         self._paused_until = 0.0
@@ -109,8 +111,15 @@ class Recycler:
         """Waits until the store has what it was given; whether it has. For any thread."""
         return self._store.flush(timeout_seconds)
 
+    def start(self) -> None:
+        """To be called when the engine starts."""
+        if self.cache_pages is not None:
+            self.cache_pages.start()
+
     def close(self) -> None:
         """Waits for what workers are doing."""
+        if self.cache_pages is not None:
+            self.cache_pages.stop()
         self._lookups.shutdown(cancel_futures=True)
         self.restorer.close()
 
