@@ -52,6 +52,7 @@ class RecycledStore:
 
     Attributes:
         read_speeds: what reads took so far, by tier; `RecycleCost` decides by them.
+        memory: the budget, which others may share.
 
     Example:
         with RecycledStore.open(None, RecycledConfig(), MemoryBudget(1 << 20)) as store:
@@ -72,7 +73,7 @@ class RecycledStore:
         self.stats = stats
         self.read_speeds: dict[StateTier, ReadSpeed] = {tier: ReadSpeed() for tier in TIERS}
         self._clock = clock
-        self._memory = memory
+        self.memory = memory
         self._disk = disk
         self._ram = RecycledRam(memory, stats, clock)
         self._uses: defaultdict[bytes, list[float]] = defaultdict(list)
@@ -230,12 +231,25 @@ class RecycledStore:
         name, ids = state_key(kind, key), id_bytes(token_ids)
         return self._writer.submit(Job(name, ids, payload, cost_seconds, depth, on_done))
 
+    @property
+    def disk_bytes(self) -> int:
+        """The disk's budget; 0 without a disk."""
+        return 0 if self._disk is None else self._disk.disk_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """What the store's files take."""
+        return 0 if self._disk is None else self._disk.file_bytes
+
     def set_budgets(self, *, ram_bytes: int | None = None, disk_bytes: int | None = None) -> None:
-        """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much."""
-        if ram_bytes is not None:
-            self._memory.resize(ram_bytes)
+        """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much.
+
+        Raises CacheError, having changed nothing.
+        """
         if disk_bytes is not None and self._disk is not None:
             self._disk.set_budget(disk_bytes)
+        if ram_bytes is not None:
+            self.memory.resize(ram_bytes)
 
     def usage(self) -> list[TierUsage]:
         """Entries and payload bytes by kind and tier."""
