@@ -1,130 +1,75 @@
 """Reads the chunks of a state from the file of an LMDB environment, past LMDB's own map of it.
 
-A page fault in the map would wait for the disk with the interpreter's lock held, and stop every thread. So
-LMDB is only asked where the chunks lie; then they are read with system calls, straight to where they are
-wanted, chunks that follow each other together. Whoever calls holds a snapshot: no page of it is used again
+A page fault in the map would wait for the disk with the interpreter's lock held, and stop every thread; and
+asked for a value, LMDB's binding touches each of its pages. So LMDB is asked for the entry, which names the
+pages; they are read with system calls, straight to where they are wanted, chunks that follow each other
+together. Whoever calls holds a snapshot: no page of it is used again
 meanwhile.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import numpy as np
+from numpy.typing import NDArray
 
-from scone.cache.recycled_layout import (
-    CHUNK_BYTES,
-    IN_LEAF_BYTES,
-    PAGE_HEADER_BYTES,
-    Entry,
-    chunk_key,
-    chunks,
-)
-from scone.cache.recycled_record import Bytes
+from scone.cache.recycled_layout import PAGE_BYTES, PAGE_HEADER_BYTES, Entry, cut
+from scone.cache.recycled_record import SUMMED_BYTES, Bytes
+from scone.kernels.state_read import read_state, will_need
 
-_MAX_PLACES = 1000
-"""preadv takes 1,024 at a time."""
+_PAGE_HEADER = struct.Struct("<QHHI")
+_OVERFLOW = 0x04
 
 
 class ChunkReader:
-    """Of one file; thread-safe but for `remapped` and `close`."""
+    """Of one file; thread-safe but for `close`."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         # What the kernel would read beyond a chunk is seldom wanted.
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-        self._map_address: int | None = None
 
     @property
     def file_bytes(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def read(self, cursor: Any, entry: Entry, ids: Bytes, payload: Bytes) -> None:
-        """Fills both, as far as the chunks are there.
+    def read(self, entry: Entry, ids: Bytes, payload: Bytes) -> NDArray[np.uint32]:
+        """Fills both; returns the checksums of the payload's pages.
 
         Args:
-            cursor: over the chunks, with buffers, of a snapshot.
-        """
-        destination = _Destination(ids.data, payload.data)
-        runs: list[tuple[int, list[memoryview]]] = []
-        run_end = -1
-        found = cursor.set_key(chunk_key(entry.state_id, 0))
-        for begin, end in chunks(entry.num_bytes):
-            if not found:
-                break
-            value: memoryview = cursor.value()
-            if len(value) != end - begin:
-                break
-            places = destination.places(begin, end)
-            if len(value) <= IN_LEAF_BYTES:
-                _copy(value, places)
-            else:
-                offset = self._offset(value)
-                if offset == run_end and len(runs[-1][1]) + len(places) < _MAX_PLACES:
-                    runs[-1][1].extend((memoryview(bytearray(PAGE_HEADER_BYTES)), *places))
-                else:
-                    # LMDB's binding touches each page of a value, one fault after the other: the rest of the
-                    # state, which mostly follows, is asked of the disk at once.
-                    self._will_need(offset, entry.num_bytes - begin)
-                    runs.append((offset, places))
-                run_end = offset + len(value) + PAGE_HEADER_BYTES
-            found = cursor.next()
-        self._read_runs(runs)
+            payload: flat, or rows that are contiguous each.
 
-    def remapped(self) -> None:
-        """The environment's map may lie elsewhere from now on."""
-        self._map_address = None
+        Raises:
+            OSError: they cannot be read, or are not there; their bytes are then undefined.
+        """
+        sizes, tail = cut(entry.num_bytes).sizes, np.frombuffer(entry.tail, np.uint8)
+        rows = payload.reshape(1, -1) if payload.ndim == 1 else payload
+        return read_state(self._fd, entry.offsets, sizes, PAGE_HEADER_BYTES, tail, ids, rows, SUMMED_BYTES)
+
+    def will_need(self, entry: Entry) -> None:
+        """Has the kernel read a state's pages ahead."""
+        will_need(self._fd, entry.offsets, cut(entry.num_bytes).sizes, PAGE_HEADER_BYTES)
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def _will_need(self, offset: int, num_bytes: int) -> None:
-        num_headers = -(-num_bytes // CHUNK_BYTES)
-        length = num_bytes + num_headers * PAGE_HEADER_BYTES
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def _read_runs(self, runs: list[tuple[int, list[memoryview]]]) -> None:
-        for offset, places in runs:
-            os.preadv(self._fd, places, offset)
+def page_of(value: memoryview) -> int:
+    """The page that a value with pages of its own begins at, also one that is not committed yet.
 
-    def _offset(self, value: memoryview) -> int:
-        """Where a value lies in the file."""
-        address: int = np.frombuffer(value, np.uint8).__array_interface__["data"][0]
-        if self._map_address is None:
-            self._map_address = _address_of_map(os.fstat(self._fd).st_ino, address)
-        return address - self._map_address
-
-
-def _address_of_map(inode: int, address: int) -> int:
-    """Where byte 0 of the mapped file that `address` belongs to lies in memory."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, offset, _, mapped_inode, *_ = line.split(maxsplit=5)
-        begin, end = (int(part, 16) for part in addresses.split("-"))
-        if begin <= address < end and int(mapped_inode) == inode:
-            return begin - int(offset, 16)
-    raise lmdb.CorruptedError("a chunk lies outside of the map")
-
-
-class _Destination:
-    """Ids and payload as one range of bytes."""
-
-    def __init__(self, ids: memoryview, payload: memoryview) -> None:
-        self._ids, self._payload = ids, payload
-
-    def places(self, begin: int, end: int) -> list[memoryview]:
-        num_ids = len(self._ids)
-        if begin >= num_ids:
-            return [self._payload[begin - num_ids : end - num_ids]]
-        if end <= num_ids:
-            return [self._ids[begin:end]]
-        return [self._ids[begin:], self._payload[: end - num_ids]]
-
-
-def _copy(value: memoryview, places: list[memoryview]) -> None:
-    begin = 0
-    for place in places:
-        place[:] = value[begin : begin + len(place)]
-        begin += len(place)
+    LMDB's header of the page says so, which lies before the value: number, padding, flags, number of pages
+    (`MDB_page` in LMDB's mdb.c, the same in all files of its version 1). Raises lmdb.CorruptedError where it
+    says something else.
+    """
+    address: int = np.frombuffer(value, np.uint8).__array_interface__["data"][0]
+    header = ctypes.string_at(address - PAGE_HEADER_BYTES, PAGE_HEADER_BYTES)
+    number, _, flags, num_pages = _PAGE_HEADER.unpack(header)
+    wanted = -(-(len(value) + PAGE_HEADER_BYTES) // PAGE_BYTES)
+    if not flags & _OVERFLOW or num_pages != wanted:
+        raise lmdb.CorruptedError(f"a value of {len(value)} bytes has {num_pages} pages, wanted {wanted}")
+    return int(number)

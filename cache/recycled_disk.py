@@ -92,6 +92,14 @@ class RecycledDisk:
                 found[index] = is_held
         return found
 
+    def will_need(self, names: Sequence[bytes]) -> None:
+        """As RecycledShard.will_need."""
+        places: dict[int, list[bytes]] = defaultdict(list)
+        for name in names:
+            places[_place_of(name)].append(name)
+        for place, its_names in places.items():
+            self._run(place, partial(RecycledShard.will_need, names=its_names), None)
+
     def read(self, name: bytes, out: Bytes | None) -> Rated | None:
         """As RecycledShard.read."""
         return self._run(_place_of(name), lambda shard: shard.read(name, out), None)
@@ -301,7 +309,7 @@ class RecycledDisk:
     def _copy(self, index: int, path: Path) -> None:
         try:
             with self._current(index) as shard:
-                shard.copy_compact(path)
+                shard.copy_to(path, self._share_bytes())
         except (OSError, lmdb.Error) as error:
             logger.warning("the states of %s are dropped, since they cannot be copied: %s", path, error)
             _unlink(path)

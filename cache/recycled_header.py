@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scone.cache.errors import CacheError, StoreVersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_SHARDS = 8
 HEADER_NAME = "header"
 LOCK_NAME = "lock"

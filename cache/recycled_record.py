@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scone.cache.recycled_stats import KINDS, Kind
 from scone.kernels.checksum import crc32c, crc32c_pages
 
-_PAGE_BYTES = 4096
+SUMMED_BYTES = 4096
+"""Of a payload, for each of the checksums that its own is made of."""
 
 Bytes = NDArray[np.uint8]
 Payload = NDArray[Any] | bytes | bytearray | memoryview
@@ -44,28 +45,45 @@ def kind_of(name: bytes) -> Kind:
     return KINDS[name[0]]
 
 
-def checksum(name: bytes, ids: bytes, payload: Bytes) -> int:
+def page_sums(payload: Bytes) -> NDArray[np.uint32]:
+    """The CRC-32Cs of the pages of a flat payload."""
+    return crc32c_pages(payload, SUMMED_BYTES) if len(payload) else np.empty(0, np.uint32)
+
+
+def checksum(name: bytes, ids: bytes, sums: NDArray[np.uint32]) -> int:
     """CRC-32C over name, ids, and the CRC-32Cs of the payload's pages."""
-    sums = crc32c_pages(payload, _PAGE_BYTES) if len(payload) else np.empty(0, np.uint32)
     return crc32c(name + len(ids).to_bytes(8, "little") + ids + sums.tobytes())
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One state: its name (kind and key), stored ids, payload and checksum."""
+    """One state.
+
+    Attributes:
+        name: kind and key.
+        ids: as stored.
+        payload: flat; read to where it was wanted, the rows of somebody's memory.
+        crc: as stored.
+        sums: of the payload's pages, if they were computed while it was read.
+    """
 
     name: bytes
     ids: bytes
     payload: Bytes
     crc: int
+    sums: NDArray[np.uint32] | None = None
 
     @classmethod
     def make(cls, name: bytes, ids: bytes, payload: Bytes) -> Record:
-        return cls(name, ids, payload, checksum(name, ids, payload))
+        return cls(name, ids, payload, checksum(name, ids, page_sums(payload)))
 
     @property
     def num_bytes(self) -> int:
-        return len(self.ids) + len(self.payload)
+        return len(self.ids) + self.payload.nbytes
+
+    def flat(self) -> Bytes:
+        """The payload as flat bytes; copied if it lies in rows."""
+        return np.ascontiguousarray(self.payload).reshape(-1)
 
     def part(self, begin: int, end: int) -> bytes | memoryview:
         """Bytes [begin, end) of ids and payload end to end."""
@@ -76,6 +94,7 @@ class Record:
 
     def fault(self, ids: bytes) -> str | None:
         """Why this may not be handed out for `ids`; None: all is well."""
-        if checksum(self.name, self.ids, self.payload) != self.crc:
+        sums = page_sums(self.flat()) if self.sums is None else self.sums
+        if checksum(self.name, self.ids, sums) != self.crc:
             return "checksum"
         return None if self.ids == ids else "token_ids"

@@ -7,6 +7,7 @@ two transactions later, and not while an older snapshot is being read.
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from scone.cache.chunk_reader import ChunkReader
+from scone.cache.chunk_reader import ChunkReader, page_of
 from scone.cache.recycled_layout import (
+    LEAST_CHUNK_BYTES,
     PAGE_BYTES,
     Entry,
     chunk_key,
-    chunks,
+    cut,
     name_in_order_key,
     num_pages,
     order_key,
@@ -30,11 +32,15 @@ from scone.cache.recycled_record import Bytes, Record, kind_of, state_key
 from scone.cache.recycled_stats import KINDS, Kind
 from scone.cache.state_worth import Worth
 
+logger = logging.getLogger(__name__)
+
 MAX_READERS = 254
 LEAST_SLACK_PAGES = 256
 _SLACK_SHARE = 0.05
 _MAX_DELETED = 32
 """States deleted in one transaction: each may copy some pages of the trees, and needs free ones for that."""
+_COPIED_SHARE = 64
+"""Of a file, what is in memory at a time when it is copied, but one state at least."""
 _MAX_WASTED_SHARE = 0.25
 _NUM_META_PAGES = 2
 _USAGE = struct.Struct("<QQ")
@@ -65,8 +71,11 @@ def fits(num_bytes: int, map_bytes: int) -> bool:
 class RecycledShard:
     """The states of one file. Thread-safe, but `resize` and `close` need other calls to be over."""
 
-    def __init__(self, path: Path, map_bytes: int) -> None:
-        """Opens or makes the file; raises lmdb.Error and OSError."""
+    def __init__(self, path: Path, map_bytes: int, *, syncs: bool = True) -> None:
+        """Opens or makes the file; raises lmdb.Error and OSError.
+
+        `syncs`: each transaction is on the disk when it ends; a copy is brought there as a whole.
+        """
         self.path = path
         # metasync: a crash of the machine may undo the last transaction, and no more.
         self._env = lmdb.open(
@@ -74,6 +83,7 @@ class RecycledShard:
             subdir=False,
             map_size=_map_size(path, map_bytes),
             metasync=False,
+            sync=syncs,
             readahead=False,
             max_readers=MAX_READERS,
             max_dbs=4,
@@ -108,25 +118,41 @@ class RecycledShard:
         with self._env.begin(buffers=True) as txn:
             return [txn.get(name, db=self._entries) is not None for name in names]
 
+    def will_need(self, names: Iterable[bytes]) -> None:
+        """Has the kernel read the payloads of those that are there ahead; does not wait for them."""
+        with self._env.begin(buffers=True) as txn:
+            for name in names:
+                value = txn.get(name, db=self._entries)
+                if value is not None:
+                    self._reader.will_need(self._entry(value))
+
     def read(self, name: bytes, out: Bytes | None) -> Rated | None:
         """The record, its payload in `out` if that has its size; not verified. Waits for the disk.
 
-        Where chunks are missing or short, bytes are undefined. The snapshot that is held meanwhile keeps the
-        pages from being used again.
+        Where it cannot be read, bytes are undefined. The snapshot that is held meanwhile keeps the pages from
+        being used again.
         """
         with self._env.begin(buffers=True) as txn:
             value = txn.get(name, db=self._entries)
             if value is None:
                 return None
-            entry = Entry.from_bytes(value)
-            if entry.num_bytes > self.map_bytes:
-                raise lmdb.CorruptedError(f"an entry of {self.path} has {entry.num_bytes} bytes")
+            entry = self._entry(value)
             ids = np.empty(entry.num_id_bytes, np.uint8)
             payload = out
             if payload is None or payload.nbytes != entry.num_payload_bytes:
                 payload = np.empty(entry.num_payload_bytes, np.uint8)
-            self._reader.read(txn.cursor(self._chunks), entry, ids, payload)
-        return Record(name, ids.tobytes(), payload, entry.crc), entry.worth
+            try:
+                sums = self._reader.read(entry, ids, payload)
+            except OSError as error:
+                logger.warning("a state in %s cannot be read: %s", self.path, error)
+                sums = None
+        return Record(name, ids.tobytes(), payload, entry.crc, sums), entry.worth
+
+    def _entry(self, value: memoryview) -> Entry:
+        entry = Entry.from_bytes(value)
+        if entry.num_bytes > self.map_bytes:
+            raise lmdb.CorruptedError(f"an entry of {self.path} has {entry.num_bytes} bytes")
+        return entry
 
     def write(self, records: Sequence[Rated], evicted: list[bytes]) -> dict[bytes, str]:
         """Stores what is worth it, in one transaction, after evicting what is worth less.
@@ -195,15 +221,33 @@ class RecycledShard:
         with self._env.begin() as txn:
             return {kind: self._usage(txn, kind) for kind in KINDS}
 
-    def copy_compact(self, path: Path) -> None:
-        """Writes a file with the same states and no free page; raises lmdb.Error and OSError."""
-        self._env.copy(str(path), compact=True)
+    def copy_to(self, path: Path, map_bytes: int) -> None:
+        """Makes a file with the same states, as many as it has room for, in the order of their writing.
+
+        LMDB's own copy would move their pages, which entries name. Raises lmdb.Error and OSError.
+        """
+        copy = RecycledShard(path, map_bytes, syncs=False)
+        try:
+            with self._env.begin(buffers=True) as txn:
+                entries = [(bytes(name), self._entry(value)) for name, value in txn.cursor(self._entries)]
+            entries.sort(key=lambda named: -named[1].state_id)
+            while entries:
+                pages, names = 0, list[bytes]()
+                while entries and (not names or pages < copy.limit_pages // _COPIED_SHARE):
+                    name, entry = entries.pop()
+                    pages += num_pages(entry.num_bytes)
+                    names.append(name)
+                copy._add(self.read(name, None) for name in names)
+        except lmdb.MapFullError:
+            logger.info("%s takes no more than a part of the states of %s", path, self.path)
+        finally:
+            copy._env.sync(force=True)
+            copy.close()
 
     def resize(self, map_bytes: int) -> None:
         """Lets the states take another size; by this, no file becomes smaller."""
         self._env.set_mapsize(_map_size(self.path, map_bytes))
         self.map_bytes = map_bytes
-        self._reader.remapped()
 
     def close(self) -> None:
         self._reader.close()
@@ -243,9 +287,7 @@ class RecycledShard:
     def _put_all(self, records: Sequence[Rated], need: int, evicted: list[bytes]) -> bool:
         for attempt in range(3):
             try:
-                with self._env.begin(write=True) as txn:
-                    for record, worth in records:
-                        self._put(txn, record, worth)
+                self._add(records)
             except lmdb.MapFullError:
                 # Pages are free, but a snapshot still has them, or no four of them lie together.
                 with self._env.begin() as txn:
@@ -257,6 +299,13 @@ class RecycledShard:
                 return True
         return False
 
+    def _add(self, records: Iterable[Rated | None]) -> None:
+        """Stores them in one transaction, evicting nothing; raises lmdb.MapFullError."""
+        with self._env.begin(write=True, buffers=True) as txn:
+            for rated in records:
+                if rated is not None:
+                    self._put(txn, *rated)
+
     def _advance(self) -> None:
         """A transaction or two: what was freed before them can be used after them."""
         for _ in range(2):
@@ -267,16 +316,31 @@ class RecycledShard:
                 return
 
     def _put(self, txn: Any, record: Record, worth: Worth) -> None:
+        """In a transaction with buffers."""
         if txn.get(record.name, db=self._entries) is not None:
             return  # another process was faster
         state_id = self._next_id(txn)
         txn.put(_NEXT_ID, (state_id + 1).to_bytes(8, "little"), db=self._counts)
-        entry = Entry(state_id, len(record.ids), len(record.payload), record.crc, worth)
-        for chunk, (begin, end) in enumerate(chunks(record.num_bytes)):
-            txn.put(chunk_key(state_id, chunk), record.part(begin, end), db=self._chunks, append=True)
+        pieces, pages = cut(record.num_bytes), list[int]()
+        for chunk, (begin, end) in enumerate(pieces.bounds):
+            key = chunk_key(state_id, chunk)
+            part = record.part(begin, end)
+            if len(part) < LEAST_CHUNK_BYTES:
+                part = bytes(part).ljust(LEAST_CHUNK_BYTES, b"\0")
+            txn.put(key, part, db=self._chunks, append=True)
+            pages.append(page_of(txn.get(key, db=self._chunks)))
+        entry = Entry(
+            state_id,
+            len(record.ids),
+            record.payload.nbytes,
+            record.crc,
+            worth,
+            np.array(pages, np.uint32),
+            bytes(record.part(record.num_bytes - pieces.tail_bytes, record.num_bytes)),
+        )
         txn.put(record.name, entry.to_bytes(), db=self._entries)
         txn.put(order_key(worth.score, record.name), b"", db=self._order)
-        self._count(txn, kind_of(record.name), 1, len(record.payload))
+        self._count(txn, kind_of(record.name), 1, record.payload.nbytes)
 
     def _delete(self, txn: Any, name: bytes) -> bool:
         value = txn.pop(name, db=self._entries)
@@ -284,7 +348,7 @@ class RecycledShard:
             return False
         entry = Entry.from_bytes(value)
         txn.delete(order_key(entry.worth.score, name), db=self._order)
-        for chunk, _ in enumerate(chunks(min(entry.num_bytes, self.map_bytes))):
+        for chunk in range(len(entry.pages)):
             if not txn.delete(chunk_key(entry.state_id, chunk), db=self._chunks):
                 break
         self._count(txn, kind_of(name), -1, -entry.num_payload_bytes)

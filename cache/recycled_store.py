@@ -52,6 +52,7 @@ class RecycledStore:
 
     Attributes:
         read_speeds: what reads took so far, by tier; `RecycleCost` decides by them.
+        memory: the budget, which others may share.
 
     Example:
         with RecycledStore.open(None, RecycledConfig(), MemoryBudget(1 << 20)) as store:
@@ -72,7 +73,7 @@ class RecycledStore:
         self.stats = stats
         self.read_speeds: dict[StateTier, ReadSpeed] = {tier: ReadSpeed() for tier in TIERS}
         self._clock = clock
-        self._memory = memory
+        self.memory = memory
         self._disk = disk
         self._ram = RecycledRam(memory, stats, clock)
         self._uses: defaultdict[bytes, list[float]] = defaultdict(list)
@@ -116,6 +117,15 @@ class RecycledStore:
             tiers.append("ram" if ram else "disk")
         return tiers
 
+    def announce(self, kind: Kind, keys: Sequence[bytes]) -> None:
+        """Says that these will be read at once, so that the disk has them under way all together.
+
+        For worker threads, as `read`; `keys` are as many as the page cache may hold beside all else.
+        """
+        if self._disk is not None:
+            names = (state_key(kind, key) for key in keys)
+            self._disk.will_need([name for name in names if name not in self._ram])
+
     def read(
         self, kind: Kind, key: bytes, token_ids: TokenIds, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8] | None:
@@ -123,8 +133,8 @@ class RecycledStore:
 
         Args:
             token_ids: must equal those written.
-            out: contiguous bytes, as many as the payload has; undefined after a miss. Without it the array
-                returned is shared and not to be changed.
+            out: as many bytes as the payload has, contiguous or in rows (n, row_bytes) that are; undefined
+                after a miss. Without it the array returned is shared and not to be changed.
 
         Returns:
             None is a miss: absent, torn, damaged, of other token ids, or of another size than `out`.
@@ -174,12 +184,12 @@ class RecycledStore:
                     self._uses[record.name].append(now)
         in_ram = None if worth is None else self._worth_in_ram(worth.used(now), record)
         if in_ram is not None and self._ram.wants(record, in_ram):
-            own = record.payload.copy() if record.payload is out else record.payload
-            self._ram.put(replace(record, payload=own), in_ram)
+            own = record.payload.copy().reshape(-1) if record.payload is out else record.payload
+            self._ram.put(replace(record, payload=own, sums=None), in_ram)
         if out is None:
             return record.payload
         if record.payload is not out:
-            out[:] = record.payload
+            out[:] = record.payload.reshape(out.shape)
         return out
 
     def _worth_in_ram(self, worth: Worth, record: Record) -> Worth:
@@ -221,12 +231,25 @@ class RecycledStore:
         name, ids = state_key(kind, key), id_bytes(token_ids)
         return self._writer.submit(Job(name, ids, payload, cost_seconds, depth, on_done))
 
+    @property
+    def disk_bytes(self) -> int:
+        """The disk's budget; 0 without a disk."""
+        return 0 if self._disk is None else self._disk.disk_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """What the store's files take."""
+        return 0 if self._disk is None else self._disk.file_bytes
+
     def set_budgets(self, *, ram_bytes: int | None = None, disk_bytes: int | None = None) -> None:
-        """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much."""
-        if ram_bytes is not None:
-            self._memory.resize(ram_bytes)
+        """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much.
+
+        Raises CacheError, having changed nothing.
+        """
         if disk_bytes is not None and self._disk is not None:
             self._disk.set_budget(disk_bytes)
+        if ram_bytes is not None:
+            self.memory.resize(ram_bytes)
 
     def usage(self) -> list[TierUsage]:
         """Entries and payload bytes by kind and tier."""

@@ -45,7 +45,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: MemoryBudget) -> ServedRecycled:
+def served_recycled(path: str, store: RecycledStore, engine: Engine) -> ServedRecycled:
     """What operators see of a store that `engine` uses."""
     recycler, cost = engine.recycler, engine.recycle_cost
     assert recycler is not None
@@ -54,7 +54,6 @@ def served_recycled(path: str, store: RecycledStore, engine: Engine, memory: Mem
         path=path,
         store=store,
         cost=cost,
-        memory=memory,
         block_form=recycler.block_form.reason,
         bytes_per_token=recycler.block_form.kv_bytes,
         staging_bytes=recycler.staging_bytes,
@@ -120,11 +119,12 @@ class ModelLoader:
             )
             recycled = None
             if store is not None and memory is not None:
-                recycled = served_recycled(settings.recycled, store, engine, memory)
+                recycled = served_recycled(settings.recycled, store, engine)
                 _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
                 self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
-            engine.populate()
+            if engine.cache_pages is not None:
+                engine.cache_pages.start()
             self._metrics.watch_engine(engine.stats)
             self._metrics.watch_device(DeviceCollector(engine.overlay))
             if table is not None:

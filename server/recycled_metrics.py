@@ -35,6 +35,12 @@ class RecycledCollector(Collector):
         for usage in self._store.usage():
             held.add_metric([usage.kind, usage.tier], usage.num_bytes)
         yield held
+        budget = GaugeMetricFamily(
+            "scone_recycled_budget_bytes", "What memory and disk states may take, by tier.", labels=["tier"]
+        )
+        budget.add_metric(["ram"], self._store.memory.total_bytes)
+        budget.add_metric(["disk"], self._store.disk_bytes)
+        yield budget
 
     def _by_kind(self) -> Iterator[Metric]:
         stats = self._store.stats

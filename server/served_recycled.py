@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_stats import KINDS, TIERS, Kind
 from scone.cache.recycled_store import RecycledStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,6 @@ class ServedRecycled:
     path: str
     store: RecycledStore
     cost: RecycleCost
-    memory: MemoryBudget
     block_form: str
     bytes_per_token: float
     staging_bytes: int
@@ -55,10 +56,11 @@ class ServedRecycled:
                 for kind in KINDS
             ],
             "memory": {
-                "total_bytes": self.memory.total_bytes,
-                "used_bytes": self.memory.used_by_party(),
+                "total_bytes": self.store.memory.total_bytes,
+                "used_bytes": self.store.memory.used_by_party(),
                 "staging_bytes": self.staging_bytes,
             },
+            "disk": {"total_bytes": self.store.disk_bytes, "used_bytes": self.store.file_bytes},
             "cost": {
                 "compute_tokens_per_second": 1 / self.cost.compute_seconds(1),
                 "break_even_bytes_per_second": self.cost.break_even_bytes_per_second(self.bytes_per_token),
@@ -67,6 +69,16 @@ class ServedRecycled:
                 },
             },
         }
+
+    def resize(self, ram_bytes: int | None, disk_bytes: int | None) -> Mapping[str, Any]:
+        """Sets budgets, evicting what is beyond them; what is left, as `view`. Raises CacheError."""
+        self.store.set_budgets(ram_bytes=ram_bytes, disk_bytes=disk_bytes)
+        logger.info(
+            "budgets of recycled states: %d bytes in memory, with the table's rows, %d on disk",
+            self.store.memory.total_bytes,
+            self.store.disk_bytes,
+        )
+        return self.view()
 
     def clear(self, kind: Kind | None) -> int:
         """Drops all states (of a kind); returns how many."""

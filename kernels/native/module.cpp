@@ -11,6 +11,7 @@ void register_gather(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
 void register_read_queue(nb::module_&);
+void register_state_read(nb::module_&);
 }  // namespace scone
 
 NB_MODULE(_native, m) {
@@ -22,4 +23,5 @@ NB_MODULE(_native, m) {
     scone::register_match(m);
     scone::register_ngram_count(m);
     scone::register_read_queue(m);
+    scone::register_state_read(m);
 }

@@ -1,4 +1,4 @@
-"""The store of recycled states: what it holds (GET /admin/recycled), and emptying it (DELETE)."""
+"""The store of recycled states, /admin/recycled: what it holds, its budgets, emptying it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
+from scone.cache.errors import CacheError
 from scone.cache.recycled_stats import Kind
 from scone.server.api.errors import ApiError, error_responses
 from scone.server.api.state import ServerState
+from scone.server.served_recycled import ServedRecycled
 
 router = APIRouter(tags=["Operation"])
 
@@ -43,6 +45,22 @@ class RecycledMemory(BaseModel):
     staging_bytes: int
 
 
+class RecycledDisk(BaseModel):
+    """What the store's files may take, and take."""
+
+    total_bytes: int
+    used_bytes: int
+
+
+class RecycledBudgets(BaseModel):
+    """Budgets from now on, until the server starts again; what is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ram_bytes: int | None = Field(default=None, ge=0)
+    disk_bytes: int | None = Field(default=None, ge=0)
+
+
 class RecycledCost(BaseModel):
     """Measured speeds; null where nothing was measured yet."""
 
@@ -58,6 +76,7 @@ class RecycledCard(BaseModel):
     block_form: str | None = None
     kinds: list[RecycledKind] = []
     memory: RecycledMemory | None = None
+    disk: RecycledDisk | None = None
     cost: RecycledCost | None = None
 
 
@@ -75,11 +94,29 @@ async def show_recycled(request: Request) -> Any:
     return RecycledCard(path=None) if recycled is None else await to_thread.run_sync(recycled.view)
 
 
+@router.patch("/admin/recycled", response_model=RecycledCard, responses=error_responses(400, 401, 503))
+async def resize_recycled(budgets: RecycledBudgets, request: Request) -> Any:
+    """Sets other budgets and shows what is left; states beyond them are evicted, least worth first.
+
+    The budget of memory is the server's, for states and the table's rows; that of the disk holds for every
+    process that shares the store. Requests under way go on: what they were to fetch is computed.
+    """
+    recycled = _store_of(request.app.state.server)
+    try:
+        return await to_thread.run_sync(recycled.resize, budgets.ram_bytes, budgets.disk_bytes)
+    except CacheError as error:
+        raise ApiError(400, f"The budgets were not changed: {error}.", code="invalid_budget") from None
+
+
 @router.delete("/admin/recycled", response_model=RecycledCleared, responses=error_responses(400, 401, 503))
 async def clear_recycled(request: Request, kind: Kind | None = None) -> Any:
     """Drops all states, or those of one kind; requests that were to use them compute instead."""
-    state: ServerState = request.app.state.server
+    recycled = _store_of(request.app.state.server)
+    return RecycledCleared(num_cleared=await to_thread.run_sync(recycled.clear, kind))
+
+
+def _store_of(state: ServerState) -> ServedRecycled:
     recycled = state.model.recycled
     if recycled is None:
         raise ApiError(400, "This server keeps no states (setting recycled).", code="no_store")
-    return RecycledCleared(num_cleared=await to_thread.run_sync(recycled.clear, kind))
+    return recycled

@@ -1,36 +1,34 @@
 """Blocks of the KV cache that are fetched from a store instead of computed.
 
-A worker thread reads each block into a slot of a staging ring; between two steps the engine's thread lays
-what has come into the KV cache. No step waits for a read: a sequence whose blocks are under way is RESTORING
-to the scheduler. A block that cannot be read, or does not come in time, ends its sequence's restore there:
-the rest is computed.
+Worker threads read blocks, some at a time, to where they land (block_landing.py); between two steps the
+engine's thread lays what has come into the KV cache. No step waits for a read: a sequence whose blocks are
+under way is RESTORING to the scheduler. A block that cannot be read, or does not come in time, ends its
+sequence's restore there: the rest is computed.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from scone.cache.device import Device
 from scone.cache.recycled_store import RecycledStore
-from scone.cache.staging_ring import Slot, StagingRing
 from scone.server.engine import scheduler
+from scone.server.engine.block_landing import Landing, open_landings
 from scone.server.engine.model_runner import BlockMemory
 from scone.server.engine.scheduler import SchedulerState
 
-STAGING_BYTES = 32 << 20
-"""What blocks under way may take: some hundreds of tokens of a small model, about a step's worth."""
-
-MOST_SLOTS = 64
 NUM_WORKERS = 2
+
+READ_TOGETHER_BYTES = 4 << 20
+"""What a worker asks the disk for at a time. While it copies its own, the other worker's are under way."""
 
 LAID_BESIDE_OTHERS = 8
 LAYING_SHARE = 0.05
@@ -66,6 +64,18 @@ class _Restore:
         return next((i for i in range(self.num_wanted) if i not in self.laid), self.num_wanted)
 
 
+@dataclass(eq=False, slots=True)
+class _Read:
+    """One block of a restore, its number counted from the restore's first."""
+
+    restore: _Restore
+    index: int
+    landing: Landing
+    key: bytes
+    ids: NDArray[np.int32]
+    is_there: bool = False
+
+
 class BlockRestorer:
     """Restores blocks for one engine; for its thread."""
 
@@ -79,13 +89,13 @@ class BlockRestorer:
         on_restored: Callable[[scheduler.Sequence, int, float, bool], None],
     ) -> None:
         """`on_restored` is told of each restore that ends: sequence, blocks, seconds, whether in time."""
-        self._store, self._memory, self._device, self._state = store, memory, device, state
+        self._store, self._state = store, state
         self._post, self._on_restored = post, on_restored
-        num_slots = min(max(3, STAGING_BYTES // memory.block_bytes), MOST_SLOTS)
-        self.ring = StagingRing(device, 1, memory.block_bytes, torch.uint8, num_slots)
+        self.landings = open_landings(memory, device, state.pool)
+        self._num_together = max(1, READ_TOGETHER_BYTES // memory.block_bytes)
         self._readers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="scone-blocks")
         self._restores: dict[scheduler.Sequence, _Restore] = {}
-        self._arrived: deque[tuple[_Restore, int, Slot]] = deque()
+        self._arrived: deque[_Read] = deque()
         self._num_reading = 0
         self._delivered_at = 0.0
 
@@ -125,7 +135,7 @@ class BlockRestorer:
             is_late = time.monotonic() - began > LAYING_SHARE * step_seconds
             if some_run and is_late and num_laid >= LAID_BESIDE_OTHERS:
                 break
-            self._lay(*self._arrived.popleft())
+            self._lay(self._arrived.popleft())
             num_laid += 1
         now = time.monotonic()
         for restore in list(self._restores.values()):
@@ -138,58 +148,63 @@ class BlockRestorer:
         self._ask()
 
     def _ask(self) -> None:
-        """Issues reads, oldest restore first, while there are free slots."""
-        size = self._state.pool.block_size
+        """Issues reads, oldest restore first, while there is room for what they bring."""
         for restore in self._restores.values():
             while restore.num_asked < restore.num_wanted:
-                slot = self.ring.reserve(1, wait=False)
-                if slot is None:
+                reads = self._next_reads(restore)
+                if not reads:
                     return
-                index, seq = restore.num_asked, restore.seq
-                block = restore.first + index
-                ids = np.array(seq.token_ids[block * size : (block + 1) * size], np.int32)
-                out = slot.host_rows.numpy()[0]
-                restore.num_asked += 1
-                self._num_reading += 1
-                self._readers.submit(self._read, restore, index, slot, seq.block_hashes[block], ids, out)
+                self._num_reading += len(reads)
+                self._readers.submit(self._read, reads)
 
-    def _read(
-        self,
-        restore: _Restore,
-        index: int,
-        slot: Slot,
-        key: bytes,
-        ids: NDArray[np.int32],
-        out: NDArray[np.uint8],
-    ) -> None:
-        """On a worker: reads one block into its slot."""
-        is_there = False
+    def _next_reads(self, restore: _Restore) -> list[_Read]:
+        """The restore's next blocks, as many as are to be read together and have room."""
+        seq, size, reads = restore.seq, self._state.pool.block_size, list[_Read]()
+        while restore.num_asked < restore.num_wanted and len(reads) < self._num_together:
+            block = restore.first + restore.num_asked
+            landing = self.landings.reserve(seq.block_ids[block])
+            if landing is None:
+                break
+            ids = np.array(seq.token_ids[block * size : (block + 1) * size], np.int32)
+            reads.append(_Read(restore, restore.num_asked, landing, seq.block_hashes[block], ids))
+            restore.num_asked += 1
+        return reads
+
+    def _read(self, reads: Sequence[_Read]) -> None:
+        """On a worker: reads blocks of one restore to where they land."""
         try:
-            is_there = not restore.is_over and self._store.read("blocks", key, ids, out) is not None
+            if not reads[0].restore.is_over:
+                self._store.announce("blocks", [read.key for read in reads])
+            for read in reads:
+                if read.restore.is_over:
+                    break
+                out = read.landing.out
+                read.is_there = self._store.read("blocks", read.key, read.ids, out) is not None
+                if not read.is_there:
+                    out[:] = 0  # whatever lies there may be no numbers
+                    break
         finally:
-            self._post(partial(self._arrive, restore, index, slot, is_there))
+            self._post(partial(self._arrive, reads))
 
-    def _arrive(self, restore: _Restore, index: int, slot: Slot, is_there: bool) -> None:
-        self._num_reading -= 1
+    def _arrive(self, reads: Sequence[_Read]) -> None:
+        self._num_reading -= len(reads)
         self._delivered_at = time.monotonic()
-        if not is_there:
-            restore.num_wanted = min(restore.num_wanted, index)
-        if is_there and index < restore.num_wanted and not restore.is_over:
-            self._arrived.append((restore, index, slot))
-        else:
-            self.ring.release(slot)
+        restore = reads[0].restore
+        for read in reads:
+            if not read.is_there:
+                restore.num_wanted = min(restore.num_wanted, read.index)
+        for read in reads:
+            if read.index < restore.num_wanted and not restore.is_over:
+                self._arrived.append(read)
+            else:
+                read.landing.release()
 
-    def _lay(self, restore: _Restore, index: int, slot: Slot) -> None:
-        """Copies a block from its slot to its place in the KV cache, on the compute stream."""
+    def _lay(self, read: _Read) -> None:
+        """Puts a block that has come in its place in the KV cache."""
+        restore = read.restore
         try:
-            if restore.is_over or index >= restore.num_wanted:
-                return
-            block_id = restore.seq.block_ids[restore.first + index]
-            tag = np.array([block_id], np.int64)
-            self.ring.commit(slot, tag, tag)
-            staged, _ = self.ring.use(slot, tag)
-            target = self._memory.block(block_id)
-            self._device.launch(partial(target.copy_, staged.view(target.shape)))
-            restore.laid.add(index)
+            if not restore.is_over and read.index < restore.num_wanted:
+                read.landing.lay()
+                restore.laid.add(read.index)
         finally:
-            self.ring.release(slot)
+            read.landing.release()

@@ -17,6 +17,7 @@ from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import OnDelta, RequestRun
@@ -25,6 +26,7 @@ from scone.server.engine.model_runner import ModelRunner, Runner, choose_backend
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay, staging_device
+from scone.server.engine.scheduler import Status
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
 
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 STARVED_WAIT_SECONDS = 0.0005
 """How often the engine looks again when every sequence waits for rows."""
+
+POSTED_WAIT_SECONDS = 0.01
+"""The same where all wait for a store of recycled states, whose workers tell when they have something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +138,10 @@ class Engine:
         """Starts the engine thread."""
         self._thread.start()
 
-    def populate(self) -> None:
-        """Makes the KV cache's memory on a thread of its own, while the first requests are served."""
-        if isinstance(self._runner, ModelRunner):
-            threading.Thread(target=self._runner.populate, name="populate", daemon=True).start()
+    @property
+    def cache_pages(self) -> CachePages | None:
+        """The KV cache's memory; None where the engine does not know it, or on a device."""
+        return self._runner.cache_pages if isinstance(self._runner, ModelRunner) else None
 
     def after_deliveries(self, call: Callable[[], None]) -> None:
         """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""
@@ -217,6 +222,8 @@ class Engine:
             self._thread.join()
         if self._core.recycler is not None:
             self._core.recycler.close()
+        if self.cache_pages is not None:
+            self.cache_pages.stop()
         if self._input_rows is not None:
             self._input_rows.close()
         return drained
@@ -313,7 +320,7 @@ class Engine:
             while True:
                 with self._changed:
                     if not self._commands and not progressed:
-                        waiting = STARVED_WAIT_SECONDS if self._core.has_work else None
+                        waiting = self._waiting_seconds() if self._core.has_work else None
                         self._last_step = time.monotonic()
                         if self._is_stopping and not self._core.has_work:
                             return
@@ -333,6 +340,12 @@ class Engine:
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _waiting_seconds(self) -> float:
+        state = self._core.state
+        is_told = all(seq.status is Status.RESTORING for seq in state.running)
+        is_told = is_told and all(seq.num_stored_blocks is None for seq in state.waiting)
+        return POSTED_WAIT_SECONDS if is_told else STARVED_WAIT_SECONDS
 
     def _forget_settled(self) -> None:
         """Takes started requests off the queue's count and ended ones off the books."""

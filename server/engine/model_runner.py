@@ -21,8 +21,8 @@ from scone.kernels.extension import native
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.block_form import BlockForm
+from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
-from scone.server.engine.host_pages import populate
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
@@ -98,6 +98,7 @@ class ModelRunner:
     Attributes:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native`, `triton` or `torch`.
+        cache_pages: the KV cache's memory; None on a device.
         block_form: in which form blocks are kept, and why.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
@@ -125,6 +126,7 @@ class ModelRunner:
         )
         self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
         self._block_bytes = self._kv_cache.view(torch.uint8)
+        self.cache_pages = CachePages(self._kv_cache) if self._kv_cache.is_cpu else None
         self.block_form = BlockForm.of(shape, self.dtype.itemsize)
         # The whole shape: weights of one hash may be read with another base of rotation or another norm.
         self.state_identity = StateIdentity(
@@ -192,11 +194,6 @@ class ModelRunner:
         if pairs:
             sources, targets = (list(ids) for ids in zip(*pairs, strict=True))
             self._kv_cache[:, :, targets] = self._kv_cache[:, :, sources]
-
-    def populate(self) -> None:
-        """Makes the cache's pages, which else come when first used; from any thread, at any time."""
-        if self.device.type == "cpu":
-            populate(self._kv_cache)
 
     @property
     def block_bytes(self) -> int:

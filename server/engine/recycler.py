@@ -121,8 +121,8 @@ class Recycler:
 
     @property
     def staging_bytes(self) -> int:
-        """Host memory through which blocks go to the KV cache."""
-        return self.restorer.ring.num_bytes
+        """Host memory through which blocks go to the KV cache; none where they are read into it."""
+        return self.restorer.landings.num_bytes
 
     # -- before a sequence runs ----------------------------------------------------------------
 

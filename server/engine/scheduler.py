@@ -187,13 +187,17 @@ def finish(state: SchedulerState, seq: Sequence, *, forget: bool = False) -> Non
 def end_restoring(state: SchedulerState, seq: Sequence, num_fetched: int) -> None:
     """The next `num_fetched` blocks of a restoring sequence have their content: it runs on from there.
 
-    Blocks that it was given for more than that stay its own, to be computed.
+    Blocks that it was given for more than that are given back: somebody may still be writing to them, and
+    holds them as long.
     """
     assert seq.status is Status.RESTORING
     pool = state.pool
     begin = seq.num_computed_tokens // pool.block_size
-    for block in range(begin, begin + num_fetched):
+    end = begin + num_fetched
+    for block in range(begin, end):
         pool.register(seq.block_ids[block], seq.block_hashes[block])
+    pool.release(reversed(seq.block_ids[end:]))
+    del seq.block_ids[end:]
     seq.num_computed_tokens += num_fetched * pool.block_size
     if seq.num_preemptions == 0:
         seq.num_cached_tokens = seq.num_computed_tokens

@@ -21,8 +21,10 @@ from scone.cache.recycled_disk import RecycledDisk
 from scone.cache.recycled_header import HEADER_NAME, NUM_SHARDS
 from scone.cache.recycled_layout import (
     CHUNK_BYTES,
-    IN_LEAF_BYTES,
-    chunks,
+    LONGEST_ENTRY_BYTES,
+    Entry,
+    chunk_key,
+    cut,
     name_in_order_key,
     num_pages,
     order_key,
@@ -94,15 +96,55 @@ def watched(folder: Path, limit: Callable[[], int]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "num_bytes", [1, 16, IN_LEAF_BYTES, 4080, 4081, 8176, CHUNK_BYTES, CHUNK_BYTES + 1, 50_000, 737_313]
+    "num_bytes", [0, 1, 16, 1900, 1950, 2000, 4080, 4081, 8176, CHUNK_BYTES, CHUNK_BYTES + 1, 50_000, 737_313]
 )
 def test_chunks_fill_pages(num_bytes: int) -> None:
-    cuts = list(chunks(num_bytes))
-    assert [begin for begin, _ in cuts] == [0, *[end for _, end in cuts[:-1]]]
-    assert cuts[-1][1] == num_bytes
+    pieces = cut(num_bytes)
+    ends = [end for _, end in pieces.bounds]
+    assert [begin for begin, _ in pieces.bounds] == [0, *ends][:-1]
+    assert (ends[-1] if ends else 0) + pieces.tail_bytes == num_bytes
     # All but the last fill whole pages with their header, and the last wastes less than half a page.
-    assert all((end - begin + 16) % 4096 == 0 for begin, end in cuts[:-1])
-    assert num_pages(num_bytes) >= sum(-(-(end - begin + 16) // 4096) for begin, end in cuts)
+    assert all((size + 16) % 4096 == 0 for size in pieces.sizes.tolist()[:-1])
+    pages = sum(-(-(size + 16) // 4096) for size in pieces.sizes.tolist())
+    assert num_pages(num_bytes) >= pages
+    assert pages * 4096 - num_bytes < 2300
+    entry = Entry(
+        1, 0, num_bytes, 2, worth(), np.arange(len(ends), dtype=np.uint32), bytes(pieces.tail_bytes)
+    )
+    assert len(entry.to_bytes()) <= LONGEST_ENTRY_BYTES
+    assert Entry.from_bytes(entry.to_bytes()).to_bytes() == entry.to_bytes()
+
+
+@pytest.mark.parametrize("change", [b"", b"short", b"\1" * 60, b"\xff" * 60])
+def test_entries_that_contradict_themselves_are_damage(change: bytes) -> None:
+    sound = Entry(1, 30, 70_000, 2, worth(), np.array([5, 21], np.uint32), bytes(420)).to_bytes()
+    with pytest.raises(lmdb.CorruptedError):
+        Entry.from_bytes(change if len(change) < 60 else change + sound[60:])
+
+
+def test_entries_name_the_pages_where_lmdb_has_the_chunks(tmp_path: Path) -> None:
+    """In a fresh file, in one whose pages were used before, and in a copy."""
+    rng = random.Random(0)
+    shard = RecycledShard(tmp_path / "file", 16 << 20)
+    for number in range(60):
+        shard.write([(record(number, rng.choice((2304, 20_000, 300_000, 737_280))), worth(number))], [])
+        if number % 3 == 2:
+            shard.delete([record(rng.randrange(number), 0).name])
+    shard.copy_to(tmp_path / "copy", 16 << 20)
+    copy = RecycledShard(tmp_path / "copy", 16 << 20)
+    assert copy.usage() == shard.usage()
+    assert copy.usage()["blocks"][0] > 20
+    for one in (shard, copy):
+        raw = one.path.read_bytes()
+        with one._env.begin(buffers=True) as txn:
+            for _, value in txn.cursor(one._entries):
+                entry = Entry.from_bytes(value)
+                for number, offset in enumerate(entry.offsets.tolist()):
+                    chunk = txn.get(chunk_key(entry.state_id, number), db=one._chunks)
+                    assert chunk is not None
+                    assert raw[offset : offset + len(chunk)] == bytes(chunk)
+                    assert raw[offset - 16 : offset - 8] == (offset // 4096).to_bytes(8, "little")
+        one.close()
 
 
 def test_order_keys_sort_as_scores() -> None:
@@ -114,7 +156,9 @@ def test_order_keys_sort_as_scores() -> None:
 
 
 def test_states_of_every_size_come_back(disk: RecycledDisk) -> None:
-    records = [record(n, size) for n, size in enumerate((0, 1, 2007, 2008, 4071, 4072, 16_400, 737_280))]
+    records = [
+        record(n, size) for n, size in enumerate((0, 1, 1931, 1932, 2007, 2008, 4071, 4072, 16_400, 737_280))
+    ]
     assert set(disk.write([(r, worth()) for r in records]).values()) == {"stored"}
     assert set(disk.write([(r, worth()) for r in records]).values()) == {"held"}
     for wanted in records:
@@ -124,7 +168,7 @@ def test_states_of_every_size_come_back(disk: RecycledDisk) -> None:
         assert found is not None
         assert found[0].payload is out
         assert (out == wanted.payload).all()
-    assert disk.held([records[0].name, record(99, 1).name, records[3].name]) == [True, False, True]
+    assert disk.held([records[0].name, record(99, 1).name, records[5].name]) == [True, False, True]
     assert disk.usage()["blocks"] == (len(records), sum(len(r.payload) for r in records))
 
 
@@ -349,7 +393,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     content = bytearray(header.read_bytes())
     content[16] = 99
     header.write_bytes(content)
-    with pytest.raises(CacheError, match=r"format version 99, this program has 1: remove them with"):
+    with pytest.raises(CacheError, match=r"format version 99, this program has 2: remove them with"):
         RecycledDisk(tmp_path, BUDGET, RecycledStats())
     header.write_bytes(b"something else")
     with pytest.raises(CacheError, match="not the header of a store"):
@@ -386,7 +430,7 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_bytes", "number", "most"),
-    [(16, 737_280, 40, 1.01), (500, 1_152_000, 20, 1.02), (500, 2304, 800, 2.0), (500, 4000, 800, 1.4)],
+    [(16, 737_280, 40, 1.01), (500, 1_152_000, 20, 1.02), (500, 2304, 800, 2.0), (500, 4000, 800, 1.5)],
 )
 def test_storage_overhead(tmp_path: Path, num_tokens: int, num_bytes: int, number: int, most: float) -> None:
     """What docs/recycled.md says a state takes."""

@@ -22,7 +22,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from scone.cache.fgram_table import FGramTable
-from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_set import FGramSet
@@ -301,9 +300,7 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
             max_model_len=engine.config.max_model_len,
             dim=tiny_decoder.config.dim,
             num_layers=tiny_decoder.config.num_layers,
-            recycled=None
-            if store is None
-            else served_recycled("store", store, engine, MemoryBudget(1 << 26)),
+            recycled=None if store is None else served_recycled("store", store, engine),
         )
         if store is not None:
             metrics.watch_recycled(RecycledCollector(store))

@@ -120,7 +120,9 @@ def test_the_admin_view(serve_real: Any, store: RecycledStore) -> None:
         assert kinds["blocks"]["queries"] == 8
         tiers = {tier["tier"]: tier for tier in kinds["blocks"]["tiers"]}
         assert tiers["disk"]["entries"] == tiers["ram"]["entries"] == 8
-        assert card["memory"]["staging_bytes"] > 0
+        assert card["memory"]["staging_bytes"] == 0, "blocks are read into the KV cache"
+        assert card["disk"]["total_bytes"] == 64 << 20
+        assert 8 * 24576 < card["disk"]["used_bytes"] < 8 << 20
         assert card["cost"]["compute_tokens_per_second"] > 0
         assert card["cost"]["break_even_bytes_per_second"] > 0
         assert server.client.delete("/admin/recycled?kind=results").json() == {"num_cleared": 0}
@@ -129,7 +131,36 @@ def test_the_admin_view(serve_real: Any, store: RecycledStore) -> None:
         assert server.client.delete("/admin/recycled?kind=rows").json()["error"]["code"] is not None
 
 
+def test_budgets_change_while_requests_run(serve_real: Any, store: RecycledStore) -> None:
+    """Down and up again over HTTP: what is beyond is evicted, no answer changes, nothing fails."""
+    body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 2}
+
+    def resize(server: Any, **budgets: Any) -> httpx.Response:
+        return server.client.patch("/admin/recycled", json=budgets)  # type: ignore[no-any-return]
+
+    with serve_real(store=store) as server:
+        cold = answer_without_usage(server.complete(**body))
+        assert store.flush(30)
+        card = resize(server, ram_bytes=0).json()
+        tiers = {tier["tier"]: tier["entries"] for tier in card["kinds"][0]["tiers"]}
+        assert tiers == {"ram": 0, "disk": 8}
+        assert card["memory"]["total_bytes"] == 0
+        assert server.metric("scone_recycled_budget_bytes", tier="ram") == 0
+        assert resize(server, disk_bytes=96 << 20).json()["disk"]["total_bytes"] == 96 << 20
+        assert server.metric("scone_recycled_budget_bytes", tier="disk") == 96 << 20
+        assert answer_without_usage(server.complete(**body)) == cold
+        assert resize(server, ram_bytes=1 << 26).json()["memory"]["total_bytes"] == 1 << 26
+        refused = resize(server, disk_bytes=1000, ram_bytes=5)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_budget")
+        assert "disk_bytes is 1000, wanted at least" in refused.json()["error"]["message"]
+        assert server.client.get("/admin/recycled").json()["memory"]["total_bytes"] == 1 << 26
+        assert resize(server, disk="1GB").status_code == 400
+        assert resize(server, ram_bytes=-1).status_code == 400
+
+
 def test_without_a_store(server: Any) -> None:
+    patched = server.client.patch("/admin/recycled", json={"ram_bytes": 1})
+    assert (patched.status_code, patched.json()["error"]["code"]) == (400, "no_store")
     assert server.client.get("/admin/recycled").json()["path"] is None
     response = server.client.delete("/admin/recycled")
     assert (response.status_code, response.json()["error"]["code"]) == (400, "no_store")

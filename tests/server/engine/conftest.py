@@ -332,8 +332,9 @@ class World:
         assert not self.core.state.running
         assert all(slot.state is SlotState.FREE for slot in self.core.overlay.ring._slots)
         if self.core.recycler is not None:
-            ring = self.core.recycler.restorer.ring
-            assert all(slot.state is SlotState.FREE for slot in ring._slots)
+            if isinstance(self.core.overlay.device, SimDevice):
+                self.core.overlay.device.drain()
+            assert self.core.recycler.restorer.landings.num_in_use == 0
 
     def settle(self) -> None:
         """Waits until the store has what it was given, and workers have ended."""

@@ -315,6 +315,38 @@ def test_what_takes_too_long_is_computed(
     world.run()
 
 
+class LateStore(SlowStore):
+    """Writes what is no state, when nobody waits for it any more."""
+
+    def read(self, kind: Any, key: Any, token_ids: Any, out: Any = None) -> None:
+        self._wait("read")
+        out[:] = 255
+
+
+def test_a_read_that_ends_late_writes_to_nobodys_blocks(
+    make_world: MakeWorld, restarts: Restarts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are read straight into the cache: those of a restore that was given up are nobody's by then."""
+    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 0.05)
+    prompt = random_prompt(17, 100)
+    cold = facts(answer(make_world(), prompt, max_tokens=30))
+    answer(make_world(store=restarts.open()), prompt)
+    store = restarts.open(kind=LateStore)
+    assert isinstance(store, LateStore)
+    store.held, store.released = frozenset({"read"}), threading.Event()
+    world = make_world(store=store)
+    late = world.add(prompt, max_tokens=30, logprobs=2)
+    while len(late.tokens()) < 5:
+        world.step()
+    assert world.core.recycler is not None
+    assert world.core.recycler.restorer.landings.num_in_use > 0
+    store.released.set()
+    while world.core.recycler.restorer.landings.num_in_use:
+        world.step()
+    world.run()
+    assert facts(late) == cold
+
+
 @pytest.mark.parametrize("num_rounds", range(14))
 def test_cancelled_at_any_moment(
     make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, num_rounds: int

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.sim_device import SimDevice
-from scone.server.engine import block_restorer
+from scone.server.engine import block_landing
 from tests.conftest import Forgetful
 
 from .conftest import DictTable, World, random_prompt
@@ -58,7 +58,7 @@ def device_answers(
     with torch.inference_mode():
         restoring.drain()
     assert world.core.recycler is not None
-    assert world.core.recycler.restorer.ring.num_in_use == 0
+    assert world.core.recycler.restorer.landings.num_in_use == 0
     restarts.remove()
     return [o.tokens() for o in outcomes], counting
 
@@ -69,7 +69,7 @@ def test_a_late_device_restores_and_keeps_the_same_blocks(
     dict_table.slow = set()
     expected = [answer(make_world(dict_table), p, max_tokens=4).tokens() for p in PROMPTS]
     for seed in range(8):
-        monkeypatch.setattr(block_restorer, "MOST_SLOTS", 3 + seed % 2 * 61)
+        monkeypatch.setattr(block_landing, "MOST_UNDER_WAY", 3 + seed % 2 * 61)
         tokens, counting = device_answers(
             make_world, dict_table, restarts, SimDevice(seed), SimDevice(100 + seed)
         )
@@ -84,7 +84,7 @@ def test_a_late_device_restores_and_keeps_the_same_blocks(
 def test_without_any_one_synchronisation_restored_blocks_are_wrong(
     make_world: MakeWorld, restarts: Restarts, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_restorer, "MOST_SLOTS", 3)  # that slots are soon used again
+    monkeypatch.setattr(block_landing, "MOST_UNDER_WAY", 3)  # that slots are soon used again
     table = DictTable({}, 64)
     expected = [answer(make_world(table), p, max_tokens=4).tokens() for p in PROMPTS]
     num_wrong = 0
