@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scone.model_store.decoder import Block, Decoder, RMSNorm
+from scone.model_store.initialize import draw_weights
 
 # Rows are embedded in blocks of exactly this many f-grams of one length, padded if need be: matrix
 # products of one shape give a row the same bits wherever it stands in the block.
@@ -67,6 +68,7 @@ class FGramModel(nn.Module):
     ) -> FGramModel:
         """An f-gram model that starts from the decoder's first layers and is the identity."""
         model = cls(decoder, num_layers, max_n, last_token_only=last_token_only)
+        draw_weights(model.layers, num_layers)  # of those beyond the decoder's
         for own, theirs in zip(model.layers, decoder.layers, strict=False):
             own.load_state_dict(copy.deepcopy(theirs.state_dict()))
         return model.float().requires_grad_(True)

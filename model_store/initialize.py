@@ -29,8 +29,19 @@ def read_config(path: Path) -> ModelConfig:
     return config_of(raw, path, declared_names(raw), eos_ids_of(raw))
 
 
+def draw_weights(module: nn.Module, num_layers: int) -> None:
+    """Random weights for layers that are part of so many: normal, narrower where they add to the residual
+    stream (GPT-2)."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=_DEVIATION / (2 * num_layers) ** 0.5 if adds else _DEVIATION)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
 def new_decoder(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Decoder:
-    """A decoder of random weights: normal, narrower where layers add to the residual stream (GPT-2).
+    """A decoder of random weights.
 
     Raises:
         CheckpointError: the tokenizer has ids that the model has not.
@@ -42,13 +53,7 @@ def new_decoder(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Decoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = Decoder(config)
-        for name, parameter in decoder.named_parameters():
-            if parameter.dim() > 1:
-                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-                deviation = _DEVIATION / (2 * config.num_layers) ** 0.5 if adds else _DEVIATION
-                nn.init.normal_(parameter, std=deviation)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        draw_weights(decoder, config.num_layers)
         if isinstance(decoder.embed_tokens, KroneckerEmbedding):
             decoder.embed_tokens.reset_parameters()
             log_audit(decoder.embed_tokens.read_tokens(bytes_of_tokens(tokenizer, config.vocab_size)))

@@ -163,7 +163,7 @@ def _findings(results: dict[str, ArmResult]) -> list[str]:
     compare("S-large-set-deep", "S-small-set-deep", "A larger set against a smaller one, deep f-gram model")
     compare("S-large-set-thin", "S-small-set-thin", "A larger set against a smaller one, thin f-gram model")
     compare("S-large-set-deep", "S-large-set-thin", "A deeper f-gram model against a thinner one, large set")
-    compare("S-kronecker", "S-untied", "Kronecker embeddings against a dense table, both untied")
+    compare("S-kronecker", "S", "Kronecker embeddings against a dense table")
     if "M" in results and "S" in results:
         factor = results["M"].facts["inference_parameters"] / results["S"].facts["inference_parameters"]
         lines.append(f"- M takes {factor:.2f} times the FLOPs of S.")
