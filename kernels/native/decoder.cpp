@@ -314,17 +314,11 @@ void best(const PackedLinear& map, Workspace& space, Matrix x, MutableIndices ou
     want(int(x.shape(1)) == map.num_inputs() && outputs.size() == rows && values.size() == rows,
          "x is not (rows, num_inputs), or outputs or values not (rows,)");
     if (rows == 0) return;
-    Activations target = space.prepared(int(rows), map.num_inputs());
     nb::gil_scoped_release release;
-    std::vector<std::vector<Best>> found(space.team.size(), std::vector<Best>(rows));
-    space.team.run([&](int thread) {
-        space.prepare(map.weights().inputs, x.data(), int(rows), map.num_inputs(), target, [](int, int) {});
-        multiply(space, target, int(rows), {BestOutput{&map, space.kernels, found[thread].data()}});
-    });
+    const std::vector<Best> found = find_best(space, map, x.data(), int(rows));
     for (size_t r = 0; r < rows; ++r) {
-        for (const std::vector<Best>& part : found) found[0][r].take(part[r].value, part[r].output);
-        outputs.data()[r] = found[0][r].output;
-        values.data()[r] = found[0][r].value;
+        outputs.data()[r] = found[r].output;
+        values.data()[r] = found[r].value;
     }
 }
 

@@ -7,6 +7,7 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header (PR 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #define SCONE_AVX2 1
@@ -41,7 +42,7 @@ const DecoderKernels* decoder_kernels_avx512() {
     static const DecoderKernels kernels = {
         "avx512",         avx512::tile,   avx512::prepare, avx512::rms_norm,
         avx512::silu_mul, avx512::rotate, avx512::attend,
-        avx512::greatest,
+        avx512::greatest, avx512::screen,
     };
     const bool has_it = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -90,6 +90,12 @@ struct DecoderKernels {
     void (*attend)(const QueryTile&, const CacheView&, float scale);
     // Of 16 values; NaN if one of them is.
     float (*greatest)(const float* x);
+    // For a panel of int8 weights and a block of rows rounded to int8, with bounds of the error: norms (16,) of the
+    // weights, slack (rows,) of each row. high (rows,) = what no output of the panel exceeds; low (rows,) = what
+    // some output reaches, if that is more than it was. offsets [block][group][row] = -128 * the sum of the row's
+    // integers. nullptr where it would not pay.
+    void (*screen)(const PackedWeights&, int panel, const Activations&, const int32_t* offsets, int first_row,
+                   int count, const float* norms, const float* slack, float* high, float* low);
 };
 
 // nullptr where the compiler or the processor has none.

@@ -15,7 +15,7 @@ const DecoderKernels* decoder_kernels_portable() {
     static const DecoderKernels kernels = {
         "portable",         portable::tile,   portable::prepare, portable::rms_norm,
         portable::silu_mul, portable::rotate, portable::attend,
-        portable::greatest,
+        portable::greatest, nullptr,
     };
     return &kernels;
 }

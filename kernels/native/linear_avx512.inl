@@ -177,6 +177,56 @@ static void tile_int8(const unsigned char* panel, int num_groups, const int16_t*
     while (r < rows) strip(multiply_int8<1>, 1);
 }
 
+// int8 weights times int8 inputs, and the bounds that DecoderKernels::screen is asked for.
+template <int kRows>
+static void screen_rows(const unsigned char* group, int num_groups, const int8_t* x, const float* scales,
+                        const int32_t* offsets, int rows, __mmask16 columns, __m512 norms, const float* slack,
+                        float* high, float* low) {
+    // Two pairs of inputs, 16 columns each, become four inputs of each column.
+    alignas(64) static const int16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(kOrder), flip = _mm512_set1_epi8(-128);
+    __m512 totals[kRows];
+    for (int r = 0; r < kRows; ++r) totals[r] = _mm512_setzero_ps();
+    for (int g = 0; g < num_groups; ++g, x += rows * kGroup, scales += rows, offsets += rows) {
+        const __m512 scale = load_halves(group);
+        group += 2 * kPanel;
+        __m512i dot[kRows];
+        for (int r = 0; r < kRows; ++r) dot[r] = _mm512_set1_epi32(offsets[r]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kGroup / 4; ++j, group += 4 * kPanel) {
+            const __m512i w = _mm512_xor_si512(_mm512_permutexvar_epi16(order, _mm512_loadu_si512(group)), flip);
+            for (int r = 0; r < kRows; ++r)
+                dot[r] = _mm512_dpbusd_epi32(dot[r], w, splat_inputs(x + r * kGroup + 4 * j));
+        }
+        for (int r = 0; r < kRows; ++r) totals[r] = add_scaled(dot[r], scale, scales[r], totals[r]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+        const __m512 spread = _mm512_mul_ps(norms, _mm512_set1_ps(slack[r]));
+        high[r] = _mm512_mask_reduce_max_ps(columns, _mm512_add_ps(totals[r], spread));
+        const float least = _mm512_mask_reduce_max_ps(columns, _mm512_sub_ps(totals[r], spread));
+        if (least > low[r]) low[r] = least;
+    }
+}
+
+static void screen(const PackedWeights& w, int panel, const Activations& inputs, const int32_t* offsets, int first_row,
+                   int rows, const float* norms, const float* slack, float* high, float* low) {
+    const unsigned char* data = w.data + (size_t)panel * w.panel_bytes;
+    const size_t at = (size_t)first_row * w.num_groups;
+    const int num_columns = w.num_outputs - panel * kPanel;
+    const __mmask16 columns = num_columns < kPanel ? (__mmask16)((1 << num_columns) - 1) : (__mmask16)0xffff;
+    int r = 0;
+    const auto strip = [&](auto function, int count) {
+        const int row = first_row + r;
+        function(data, w.num_groups, (const int8_t*)inputs.values + (at + r) * kGroup, inputs.scales + at + r,
+                 offsets + at + r, rows, columns, _mm512_loadu_ps(norms), slack + row, high + row, low + row);
+        r += count;
+    };
+    while (r + 12 <= rows) strip(screen_rows<12>, 12);
+    while (r + 4 <= rows) strip(screen_rows<4>, 4);
+    while (r < rows) strip(screen_rows<1>, 1);
+}
+
 // 4-bit weights times int8 inputs.
 template <int kRows>
 static void multiply_int4(const unsigned char* group, int num_groups, const int8_t* x, const float* scales,

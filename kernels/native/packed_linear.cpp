@@ -152,6 +152,7 @@ PackedLinear::PackedLinear(const float* weight, int num_outputs, int num_inputs,
     data_ = aligned_array<unsigned char>(num_panels * panel_bytes);
     weights_ = {kind, inputs, num_outputs, num_inputs, num_panels, num_groups, panel_bytes, data_.get()};
     for (int panel = 0; panel < num_panels; ++panel) pack_panel(weight, panel);
+    if (kind == WeightKind::int8) measure_norms();
     if (bias != nullptr) {
         bias_.assign(size_t(num_panels) * kPanel, 0.0f);
         std::copy(bias, bias + num_outputs, bias_.begin());
@@ -171,6 +172,28 @@ void PackedLinear::pack_panel(const float* weight, int panel) {
             std::copy_n(first + size_t(c) * w.num_inputs + g * kGroup, count, x);
             is_exact_ = pack_group(w.kind, x, c, target) && is_exact_;
         }
+    }
+}
+
+void PackedLinear::measure_norms() {
+    const PackedWeights& w = weights_;
+    norms_.resize(size_t(w.num_panels) * kPanel);
+    for (int n = 0; n < w.num_panels * kPanel; ++n) {
+        const unsigned char* group = w.data + size_t(n / kPanel) * w.panel_bytes;
+        double squares = 0.0;
+        for (int g = 0; g < w.num_groups; ++g, group += group_bytes(w.kind)) {
+            uint16_t half;
+            std::memcpy(&half, group + 2 * (n % kPanel), 2);
+            const unsigned char* values = group + 2 * kPanel + 2 * (n % kPanel);
+            int sum = 0;
+            for (int i = 0; i < kGroup; ++i) {
+                const int value = static_cast<int8_t>(values[i / 2 * 2 * kPanel + i % 2]);
+                sum += value * value;
+            }
+            const double scale = from_half(half);
+            squares += scale * scale * sum;
+        }
+        norms_[n] = float(std::sqrt(squares) * 1.000001);
     }
 }
 

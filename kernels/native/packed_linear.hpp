@@ -36,20 +36,25 @@ public:
     // Whether the weights are kept as they were given.
     bool is_exact() const { return is_exact_; }
     size_t num_bytes() const { return weights_.num_panels * weights_.panel_bytes; }
-    // Of one panel, to one row's outputs (16,).
-    void add_bias(float* outputs, int panel) const {
-        if (bias_.empty()) return;
-        for (int c = 0; c < kPanel; ++c) outputs[c] += bias_[size_t(panel) * kPanel + c];
+    bool has_bias() const { return !bias_.empty(); }
+    // Of int8 weights the Euclidean norm of each output's, not less: (num_panels * 16,), 0 for padding.
+    const float* norms() const { return norms_.data(); }
+    // To a tile (count, 16) of one panel's outputs.
+    void add_bias(float* tile, int panel, int count) const {
+        if (!has_bias()) return;
+        for (int r = 0; r < count; ++r)
+            for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] += bias_[size_t(panel) * kPanel + c];
     }
     // The weights as the kernels use them: out (num_outputs, num_inputs).
     void unpack(float* out) const;
 
 private:
     void pack_panel(const float* weight, int panel);
+    void measure_norms();
 
     PackedWeights weights_;
     std::unique_ptr<unsigned char[], AlignedFree> data_;
-    std::vector<float> bias_;
+    std::vector<float> bias_, norms_;
     bool is_exact_ = true;
 };
 

@@ -79,11 +79,13 @@ struct Product {
     float* out;
     bool add = false;
 
+    bool wants(int, int, int) const { return true; }
+
     // Tile (count, 16) of the panel into place; changes the tile.
     void finish(float* tile, int panel, int first_row, int count) const {
         const int first = panel * kPanel, columns = std::min(kPanel, map->num_outputs() - first);
+        map->add_bias(tile, panel, count);
         for (int r = 0; r < count; ++r, tile += kPanel) {
-            map->add_bias(tile, panel);
             float* target = out + size_t(first_row + r) * map->num_outputs() + first;
             if (add)
                 for (int c = 0; c < columns; ++c) tile[c] += target[c];
@@ -95,8 +97,8 @@ struct Product {
     }
 };
 
-// The products of the same prepared inputs with several maps that take that kind; each tile is handed to its
-// product's `finish`. Called by all threads of the team.
+// The products of the same prepared inputs with several maps that take that kind; each tile that its product
+// `wants` is handed to that one's `finish`. Called by all threads of the team.
 template <class AnyProduct = Product>
 void multiply(Workspace& space, const Activations& x, int rows, std::initializer_list<AnyProduct> products) {
     int num_panels = 0;
@@ -112,6 +114,7 @@ void multiply(Workspace& space, const Activations& x, int rows, std::initializer
         for (const AnyProduct& product : products) {
             const PackedWeights& w = product.map->weights();
             for (int panel = std::max(begin - first, 0); panel < std::min(end - first, w.num_panels); ++panel) {
+                if (!product.wants(panel, first_row, count)) continue;
                 space.kernels->tile(w, panel, x, first_row, count, tile);
                 product.finish(tile, panel, first_row, count);
             }

@@ -115,7 +115,10 @@ def add_error_handlers(app: FastAPI) -> None:
     """Gives the errors of `app` the nested form; ErrorMiddleware does it for unexpected ones."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+        answer = as_api_error(error)
+        if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            answer.headers |= _allowed_methods(request)
+        return answer.response()
 
     for kind in (ApiError, InvalidRequestError, UnavailableError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
@@ -191,6 +194,13 @@ def _field(location: Sequence[str | int]) -> str | None:
         location = location[1:]
     names = (str(part) for part in location if not str(part).startswith("<"))
     return ".".join(names)[:MAX_ECHO_CHARS] or None
+
+
+def _allowed_methods(request: Request) -> dict[str, str]:
+    """The header that a 405 needs: the router names the methods of the path's first route only."""
+    path = getattr(request.scope.get("route"), "path_format", None)
+    methods = request.app.openapi()["paths"].get(path)
+    return {} if methods is None else {"Allow": ", ".join(sorted(method.upper() for method in methods))}
 
 
 def _http_error(error: HTTPException) -> ApiError:

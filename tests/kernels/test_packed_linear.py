@@ -147,6 +147,74 @@ def test_extreme_weights_and_inputs(workspace: Workspace) -> None:
     torch.testing.assert_close(largest(workspace, x), torch.full((1, 16), -22400.0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_outputs", [1, 16, 17, 500])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_best_output_is_that_of_all_outputs(
+    workspace: Workspace, kind: WeightKind, num_outputs: int, with_bias: bool
+) -> None:
+    torch.manual_seed(8)
+    # Every output has twins, some of them in other panels: the first of the greatest is wanted.
+    weight, bias = torch.randn(num_outputs, 64).repeat(3, 1), torch.randn(num_outputs).repeat(3)
+    linear = PackedLinear(weight, kind, bias if with_bias else None)
+    for rows in (1, 7, 50):
+        x = torch.randn(rows, 64)
+        values, outputs = linear(workspace, x).max(dim=-1)
+        found_outputs, found_values = linear.best(workspace, x)
+        assert torch.equal(found_outputs, outputs)
+        assert torch.equal(found_values, values)
+        assert found_outputs.max() < num_outputs
+
+
+@pytest.mark.parametrize("round_inputs", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 13, 33, 100, 200])
+def test_screening_outputs_changes_none_of_the_best(
+    workspace: Workspace, rows: int, round_inputs: bool
+) -> None:
+    """8-bit weights without bias: panels are passed over that cannot hold a row's greatest output."""
+    torch.manual_seed(rows)
+    # Outputs that differ by less than inputs rounded to 8 bits can tell, in all panels; all are negative, and
+    # less than the padding of the last panel.
+    base = -torch.rand(1, 576) - 0.1
+    near = base * (1 + 1e-2 * torch.randn(3000, 576))
+    linear = PackedLinear(torch.cat([near, -torch.rand(801, 576) * 4]), "int8", round_inputs=round_inputs)
+    x = torch.rand(rows, 576) + 0.01
+    x[::2] *= torch.randn(1, 576).exp()  # some inputs are far greater than others
+    x[::3, 32:96] = 0
+    x[::5] *= 1e-20
+    values, outputs = linear(workspace, x).max(dim=-1)
+    assert (values < 0).all()
+    found_outputs, found_values = linear.best(workspace, x)
+    assert torch.equal(found_values, values)
+    assert torch.equal(found_outputs, outputs)
+
+
+def test_screening_where_everything_is_zero(workspace: Workspace) -> None:
+    for weight, x in ((torch.zeros(40, 64), torch.randn(8, 64)), (torch.randn(40, 64), torch.zeros(8, 64))):
+        outputs, values = PackedLinear(weight, "int8").best(workspace, x)
+        assert not outputs.any()
+        assert not values.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_best_output_shows_what_is_not_finite(
+    workspace: Workspace, kind: WeightKind, bad: float, with_bias: bool
+) -> None:
+    torch.manual_seed(9)
+    bias = torch.full((90,), -1.0) if with_bias else None
+    linear = PackedLinear(torch.randn(90, 64), kind, bias)
+    x = torch.randn(9, 64)
+    x[4, 10] = bad
+    values, outputs = linear(workspace, x).max(dim=-1)
+    found_outputs, found = linear.best(workspace, x)
+    assert not found[4].isfinite()
+    others = torch.arange(9) != 4
+    assert torch.equal(found[others], values[others])
+    assert torch.equal(found_outputs[others], outputs[others])
+
+
 def test_wrong_shapes_are_refused(workspace: Workspace) -> None:
     with pytest.raises(ValueError, match="x is not"):
         PackedLinear(torch.zeros(16, 32), "f32").best(workspace, torch.zeros(2, 31))

@@ -26,6 +26,16 @@ def test_unknown_route_and_method(server: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/admin/recycled", "DELETE, GET"), ("/v1/completions", "POST"), ("/v1/models/any", "GET")],
+)
+def test_a_refused_method_is_told_which_are_allowed(server: Any, path: str, methods: str) -> None:
+    response = server.client.options(path)
+    assert_nested(response, 405, "method_not_allowed")
+    assert response.headers.get_list("allow") == [methods]
+
+
+@pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[1,", b'{"prompt": NaN}', b'{"prompt": "a", "temperature": Infinity}', b"\xff\xfe"],
 )
