@@ -125,11 +125,11 @@ class RecycledDisk:
                 results |= self._write(place, part)
         return results
 
-    def touch(self, uses: Mapping[bytes, Sequence[float]]) -> None:
+    def touch(self, uses: Mapping[bytes, int]) -> None:
         """As RecycledShard.touch."""
-        by_place: dict[int, dict[bytes, Sequence[float]]] = defaultdict(dict)
-        for name, times in uses.items():
-            by_place[_place_of(name)][name] = times
+        by_place: dict[int, dict[bytes, int]] = defaultdict(dict)
+        for name, number in uses.items():
+            by_place[_place_of(name)][name] = number
         for place, its_uses in by_place.items():
             self._run(place, partial(RecycledShard.touch, uses=its_uses), None)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_record import Record, kind_of
 from scone.cache.recycled_stats import KINDS, Kind, RecycledStats
-from scone.cache.state_worth import Worth, seconds_per_second
+from scone.cache.state_worth import Worth, clock_of_memory, seconds_per_second
 
 ENTRY_BYTES = 1024
 """What an entry takes beside its bytes: objects, the dictionary, the heap; counted into the budget."""
@@ -62,7 +62,7 @@ class RecycledRam:
             entry = self._entries.get(name)
             if entry is None:
                 return None
-            entry.worth = entry.worth.used(self._clock())
+            entry.worth = entry.worth.used(clock_of_memory(self._clock()))
             return entry.record
 
     def wants(self, record: Record, worth: Worth) -> bool:

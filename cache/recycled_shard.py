@@ -43,6 +43,8 @@ _COPIED_SHARE = 64
 """Of a file, what is in memory at a time when it is copied, but one state at least."""
 _MAX_WASTED_SHARE = 0.25
 _NUM_META_PAGES = 2
+_CLOCK = b"clock"
+_CLOCK_VALUE = struct.Struct("<d")
 _USAGE = struct.Struct("<QQ")
 _NEXT_ID = b"next"
 
@@ -89,6 +91,7 @@ class RecycledShard:
             max_dbs=4,
         )
         self.map_bytes = map_bytes
+        self._offered = 0.0  # what the file's clock does not know of yet
         try:
             if path.stat().st_size < (self._env.info()["last_pgno"] + 1) * PAGE_BYTES:
                 raise lmdb.CorruptedError(f"{path} was cut short")
@@ -158,7 +161,7 @@ class RecycledShard:
         """Stores what is worth it, in one transaction, after evicting what is worth less.
 
         Args:
-            records: together small against the file.
+            records: together small against the file; each counts as used once, now.
             evicted: names of what had to go are appended.
 
         Returns:
@@ -166,7 +169,12 @@ class RecycledShard:
         """
         held = self.held(record.name for record, _ in records)
         results = {record.name: "held" for record, _ in records}
-        wanted = [rated for rated, is_held in zip(records, held, strict=True) if not is_held]
+        with self._env.begin() as txn:
+            clock = self._clock(txn)
+        wanted = [
+            (r, w.used_once(clock)) for (r, w), is_held in zip(records, held, strict=True) if not is_held
+        ]
+        self._offered += sum(record.num_bytes for record, _ in wanted) / self.map_bytes
         wanted.sort(key=lambda rated: -rated[1].score)
         need = 0
         for index, (record, worth) in enumerate(wanted):
@@ -181,14 +189,15 @@ class RecycledShard:
             results |= {record.name: result for record, _ in wanted}
         return results
 
-    def touch(self, uses: Mapping[bytes, Sequence[float]]) -> None:
-        """Notes uses, by name, at these times."""
+    def touch(self, uses: Mapping[bytes, int]) -> None:
+        """Notes uses, by name how many."""
         try:
             with self._env.begin(write=True) as txn:
-                for name, times in uses.items():
+                clock = self._clock(txn)
+                for name, number in uses.items():
                     value = txn.get(name, db=self._entries)
                     if value is not None:
-                        self._touch(txn, name, Entry.from_bytes(value), times)
+                        self._touch(txn, name, Entry.from_bytes(value), number, clock)
         except lmdb.MapFullError:
             return  # uses are not worth an eviction
 
@@ -230,6 +239,7 @@ class RecycledShard:
         try:
             with self._env.begin(buffers=True) as txn:
                 entries = [(bytes(name), self._entry(value)) for name, value in txn.cursor(self._entries)]
+                copy._offered = self._clock(txn)
             entries.sort(key=lambda named: -named[1].state_id)
             while entries:
                 pages, names = 0, list[bytes]()
@@ -305,6 +315,13 @@ class RecycledShard:
             for rated in records:
                 if rated is not None:
                     self._put(txn, *rated)
+            txn.put(_CLOCK, _CLOCK_VALUE.pack(self._clock(txn)), db=self._counts)
+        self._offered = 0.0
+
+    def _clock(self, txn: Any) -> float:
+        """How often the file could have been filled by what was offered to it, written or refused."""
+        turnovers: float = _CLOCK_VALUE.unpack(txn.get(_CLOCK, bytes(_CLOCK_VALUE.size), self._counts))[0]
+        return turnovers + self._offered
 
     def _advance(self) -> None:
         """A transaction or two: what was freed before them can be used after them."""
@@ -354,10 +371,10 @@ class RecycledShard:
         self._count(txn, kind_of(name), -1, -entry.num_payload_bytes)
         return True
 
-    def _touch(self, txn: Any, name: bytes, entry: Entry, times: Sequence[float]) -> None:
+    def _touch(self, txn: Any, name: bytes, entry: Entry, number: int, clock: float) -> None:
         worth = entry.worth
-        for time in times:
-            worth = worth.used(time)
+        for _ in range(number):
+            worth = worth.used(clock).limited(clock)
         txn.delete(order_key(entry.worth.score, name), db=self._order)
         txn.put(order_key(worth.score, name), b"", db=self._order)
         txn.put(name, entry.rated(worth).to_bytes(), db=self._entries)

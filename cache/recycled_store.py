@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from scone.cache.recycled_ram import RecycledRam
 from scone.cache.recycled_record import Payload, Record, id_bytes, kind_of, state_key
 from scone.cache.recycled_stats import KINDS, TIERS, Kind, RecycledStats, StateTier
 from scone.cache.recycled_writer import Job, RecycledWriter
-from scone.cache.state_worth import Worth
+from scone.cache.state_worth import Worth, clock_of_memory
 
 _ROUND_SECONDS = 1.0
 _MAX_USES = 10_000
@@ -76,7 +76,7 @@ class RecycledStore:
         self.memory = memory
         self._disk = disk
         self._ram = RecycledRam(memory, stats, clock)
-        self._uses: defaultdict[bytes, list[float]] = defaultdict(list)
+        self._uses: Counter[bytes] = Counter()
         self._uses_lock = threading.Lock()
         self._next_round = 0.0
         # Payloads on their way belong to the budget too, but a small one must not stop all writing.
@@ -181,8 +181,9 @@ class RecycledStore:
         if self._disk is not None:
             with self._uses_lock:
                 if len(self._uses) < _MAX_USES:
-                    self._uses[record.name].append(now)
-        in_ram = None if worth is None else self._worth_in_ram(worth.used(now), record)
+                    self._uses[record.name] += 1
+        # Its uses on disk are told by another clock.
+        in_ram = None if worth is None else self._worth_in_ram(worth.used_once(clock_of_memory(now)), record)
         if in_ram is not None and self._ram.wants(record, in_ram):
             own = record.payload.copy().reshape(-1) if record.payload is out else record.payload
             self._ram.put(replace(record, payload=own, sums=None), in_ram)
@@ -287,8 +288,8 @@ class RecycledStore:
         return self._disk.held([name])[0] if self._disk is not None else name in self._ram
 
     def store(self, records: list[tuple[Record, float, int]]) -> None:
-        now = self._clock()
-        rated = [(r, Worth.new(cost, r.num_bytes, depth, now)) for r, cost, depth in records]
+        clock = clock_of_memory(self._clock())
+        rated = [(r, Worth.new(cost, r.num_bytes, depth, clock)) for r, cost, depth in records]
         results = {}
         for record, worth in rated:
             kept = self._ram.put(record, self._worth_in_ram(worth, record))
@@ -306,7 +307,7 @@ class RecycledStore:
             return
         self._next_round = self._clock() + _ROUND_SECONDS
         with self._uses_lock:
-            uses, self._uses = self._uses, defaultdict(list)
+            uses, self._uses = self._uses, Counter()
         if uses:
             self._disk.touch(uses)
         self._disk.refresh()

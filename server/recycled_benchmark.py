@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_store import RecycledStore
+from scone.kernels.packed_linear import PackedLinear, WeightKind, Workspace
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
@@ -84,6 +86,34 @@ class RecycledBenchmark:
                     note(name, _first_token(engine, computed, prompt))
         speeds = [self._disk_bytes_per_second() for _ in range(2 * repeats)]
         return self._first_token_result(seconds, num_computed, statistics.median(speeds))
+
+    def hidden_form(self) -> dict[str, Any]:
+        """Whether states would do instead of keys and values, were this a multi-head model of its size.
+
+        The least that computing keys and values from states takes: their projections, in all layers. Reading
+        states saves as many bytes as they have, so it pays where these come slower than that.
+        """
+        config = self._checkpoint.config
+        workspace = Workspace(torch.get_num_threads())
+        states = torch.randn(PREFIX_TOKENS, config.dim, generator=torch.Generator().manual_seed(0))
+        weight = torch.randn(2 * config.dim, config.dim, generator=torch.Generator().manual_seed(1))
+        state_bytes = PREFIX_TOKENS * config.dim * config.num_layers * 4
+        kinds: tuple[WeightKind, ...] = ("int4", "int8", "f32")
+        result: dict[str, Any] = {"prompt_tokens": PREFIX_TOKENS, "state_bytes": state_bytes}
+        for kind in kinds:
+            layers = [PackedLinear(weight, kind) for _ in range(config.num_layers)]
+            seconds = []
+            for _ in range(5):
+                began = time.perf_counter()
+                for layer in layers:
+                    layer(workspace, states)
+                seconds.append(time.perf_counter() - began)
+            median = statistics.median(seconds)
+            result[kind] = {
+                "seconds": round(median, 4),
+                "pays_below_bytes_per_second": round(state_bytes / median),
+            }
+        return result
 
     def identity(self, num_prompts: int, backend: Literal["native", "torch"]) -> dict[str, Any]:
         """Whether answers and log-probabilities are the same cold, in memory and restored, in other batches.

@@ -144,6 +144,7 @@ def _recycled(settings: Resolved) -> dict[str, Any]:
     with _work_folder(settings) as work:
         benchmark = RecycledBenchmark(settings.model, work)
         result["first_token"] = benchmark.first_token(settings.repeats)
+        result["hidden_form"] = benchmark.hidden_form()
         result["identity"] = [
             benchmark.identity(settings.prompts, "native"),
             benchmark.identity(max(2, settings.prompts // 10), "torch"),

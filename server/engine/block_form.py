@@ -1,9 +1,11 @@
 """In which form the state of a block of tokens is kept: its keys and values, or the inputs of its layers.
 
 Keys and values can be computed anew from each layer's hidden states by two projections (HCache, arXiv
-2410.05004), a fraction of a forward pass. That is worth it only where hidden states are smaller: a token has
-2 e values of keys and values in a layer (e = num_kv_heads * head_dim) and d of hidden state, so only for
-e > d / 2: multi-head attention, not grouped queries.
+2410.05004), a fraction of a forward pass. They are smaller where a token's 2 e values of keys and values in a
+layer (e = num_kv_heads * head_dim) are more than its d of hidden state: with multi-head attention, not with
+grouped queries. But the two projections have 2 d e multiplications for 4 (2 e - d) bytes less to read, and a
+processor that multiplies a token's in the time in which a disk gives those bytes is an accelerator: on a CPU
+it does not pay (docs/recycled.md, `scone bench recycled`), so the form is not built.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class BlockForm:
 
     @property
     def chosen(self) -> str:
-        """Always `kv`: the engine does not keep the inputs of its layers, see `reason`."""
+        """Always `kv`; see `reason`."""
         return "kv"
 
     @property
@@ -43,6 +45,6 @@ class BlockForm:
         if self.hidden_bytes >= self.kv_bytes:
             return f"{sizes}: keys and values are kept"
         return (
-            f"{sizes}, but the engine does not hold the states of all layers, which would take memory beside "
-            "its cache: keys and values are kept"
+            f"{sizes}, but to compute keys and values from states takes longer than to read the difference: "
+            "keys and values are kept"
         )

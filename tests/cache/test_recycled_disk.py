@@ -244,11 +244,38 @@ def test_used_states_stay(disk: RecycledDisk) -> None:
     for number in range(100):
         disk.write([(record(number, 250_000), worth())])
     kept = [record(number, 0).name for number in range(0, 100, 20)]
-    disk.touch({name: [1e5] for name in kept})
+    disk.touch(dict.fromkeys(kept, 3))
     for number in range(100, 300):
         disk.write([(record(number, 250_000), worth(1))])
     assert all(disk.held(kept))
     assert not disk.held([record(1, 0).name])[0]
+
+
+def test_a_file_ages_by_what_is_offered_to_it(tmp_path: Path) -> None:
+    """Also by what is refused; written down, and kept where the file is copied or opened again."""
+
+    def clock(shard: RecycledShard) -> float:
+        with shard._env.begin() as txn:
+            return shard._clock(txn)
+
+    shard = RecycledShard(tmp_path / "file", 16 << 20)
+    for number in range(8):
+        shard.write([(record(number, 1 << 20), worth(1))], [])
+    assert clock(shard) == pytest.approx(0.5, rel=1e-3)
+    shard.touch({record(0, 0).name: 7})
+    with shard._env.begin() as txn:
+        entry = Entry.from_bytes(txn.get(record(0, 0).name, db=shard._entries) or b"")
+    assert entry.worth.uses == pytest.approx(clock(shard) + 1), "as two uses just now"
+    for number in range(8, 24):
+        shard.write([(record(number, 1 << 20), worth(-number))], [])
+    assert clock(shard) == pytest.approx(1.5, rel=1e-3)
+    assert shard.held([record(23, 0).name]) == [False]
+    before = clock(shard)
+    shard.copy_to(tmp_path / "copy", 16 << 20)
+    copy = RecycledShard(tmp_path / "copy", 16 << 20)
+    assert clock(copy) == pytest.approx(before)
+    shard.close()
+    copy.close()
 
 
 def test_a_stuck_reader_costs_writes_and_nothing_else(disk: RecycledDisk, tmp_path: Path) -> None:

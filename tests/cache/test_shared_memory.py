@@ -23,7 +23,7 @@ from scone.cache.recycled_record import Record, kind_of, state_key
 from scone.cache.recycled_stats import RecycledStats
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.row_worth import RowWorth
-from scone.cache.state_worth import Worth, seconds_per_second
+from scone.cache.state_worth import Worth, clock_of_memory, seconds_per_second
 from scone.model_store.fgram_set import FGramSet
 
 DIM = 512
@@ -89,7 +89,9 @@ def test_the_budget_is_never_exceeded(operations: list[tuple[str, int, int, floa
     for operation, number, num_bytes, seconds in operations:
         clock.now += seconds * 100
         if operation == "put":
-            ram.put(record(number, num_bytes), Worth.new(seconds, num_bytes, number, clock.now))
+            ram.put(
+                record(number, num_bytes), Worth.new(seconds, num_bytes, number, clock_of_memory(clock.now))
+            )
         elif operation == "get":
             found = ram.get(record(number, 0).name)
             assert found is None or found.fault(b"ids") is None
@@ -122,7 +124,7 @@ def test_what_is_worth_least_goes_first(seed: int) -> None:
         clock.now += rng.expovariate(0.1)
         num_bytes = rng.choice((500, 5000, 40_000))
         state = record(number, num_bytes)
-        worth = Worth.new(rng.lognormvariate(0, 2), num_bytes, 0, clock.now)
+        worth = Worth.new(rng.lognormvariate(0, 2), num_bytes, 0, clock_of_memory(clock.now))
         ram.put(state, worth)
         plain.put(state.name, worth.score, state.num_bytes + ENTRY_BYTES)
         if ram._entries and rng.random() < 0.3:
@@ -135,12 +137,13 @@ def test_what_is_worth_least_goes_first(seed: int) -> None:
 
 def test_worth_is_time_saved_by_use_of_late() -> None:
     now = 1.7e9
-    often = Worth.new(1.0, 1000, 0, now - 7200)
+    clock = clock_of_memory(now)
+    often = Worth.new(1.0, 1000, 0, clock - 2)
     for _ in range(20):
-        often = often.used(now - 3600)
-    once = Worth.new(1.0, 1000, 0, now)
-    assert often.score > once.score > Worth.new(1.0, 2000, 0, now).score
-    assert once.score > Worth.new(1.0, 1000, 1, now).score > Worth.new(0.99, 1000, 0, now).score
+        often = often.used(clock - 1)
+    once = Worth.new(1.0, 1000, 0, clock)
+    assert often.score > once.score > Worth.new(1.0, 2000, 0, clock).score
+    assert once.score > Worth.new(1.0, 1000, 1, clock).score > Worth.new(0.99, 1000, 0, clock).score
     # 20.5 uses an hour ago weigh 10.25 now; the decayed count over its mean life is the rate.
     uses = seconds_per_second(often.score, now) * 1000 * 3600 / np.log(2)
     assert uses == pytest.approx(20.5 / 2, rel=1e-3)
