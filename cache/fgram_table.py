@@ -29,6 +29,7 @@ from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
 from scone.cache.table_config import TableConfig
 from scone.kernels.errors import DamagedDataError
+from scone.kernels.look_up import look_up_newest
 from scone.kernels.match import Matcher, Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
@@ -274,6 +275,49 @@ class FGramTable:
             return self._matcher.match_newest(sequences, row_ids, wanted, places)
         except DamagedDataError as error:
             raise self._index_error(error) from None
+
+    def look_up_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: Tensor,
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int | None:
+        """`match_newest`, and the row of wanted[k] to out[k], in one native call where all rows are in RAM.
+
+        Args:
+            positions: of each sequence, the input that is asked for.
+            out: (batch, dim), as for `read_into`.
+
+        Returns:
+            How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or some
+            position is not that of the newest token, or was matched before.
+
+        Raises:
+            RowReadError: as `match_newest`.
+        """
+        ram = self._ram
+        if ram is None or self.device_rows is not None:
+            return None
+        num_shrinks = ram.num_shrinks
+        if ram.num_loaded != self._num_rows:
+            return None
+        started = time.perf_counter()
+        try:
+            num_wanted = look_up_newest(
+                self._matcher, ram.memory, sequences, row_ids, positions, out, wanted, places
+            )
+        except DamagedDataError as error:
+            raise self._index_error(error) from None
+        if num_wanted:
+            if ram.num_shrinks == num_shrinks:
+                seconds = time.perf_counter() - started
+                self.stats.add_read(ram.tier, num_wanted, num_wanted * self._row_bytes, seconds)
+            else:  # rows may have been given up before they were copied
+                self.read_into(wanted[:num_wanted], out[:num_wanted])
+        return num_wanted
 
     def rows(self, row_ids: Ids) -> Tensor:
         """(n, dim) rows in the table's dtype; those of id -1 are undefined. Raises as `read_into`."""

@@ -31,6 +31,7 @@ class RamRows:
     """Rows [0, num_loaded) of a table; `num_loaded` grows to `num_rows`. Thread-safe.
 
     Attributes:
+        memory: the rows; only those loaded may be read.
         num_shrinks: rises when rows are given up, before their memory is: whoever has read meanwhile what it
             took to be loaded reads again.
     """
@@ -54,7 +55,7 @@ class RamRows:
         except OSError as error:
             _logger.info("no huge pages for the table's RAM tier (%s): using ordinary ones", error)
         self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
-        self._memory = RowMemory(
+        self.memory = RowMemory(
             self._data,
             _FIRST_BLOCK,
             num_rows,
@@ -93,7 +94,7 @@ class RamRows:
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         """As RowReader.read_into; [begin, end) must be loaded."""
-        return self._memory.gather(row_ids, begin, end, out, self._num_threads)
+        return self.memory.gather(row_ids, begin, end, out, self._num_threads)
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
         """Whether the tier is full after at most `timeout` seconds; False also if a read failed."""

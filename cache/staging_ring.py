@@ -162,8 +162,14 @@ class StagingRing:
         return slot
 
     def commit(self, slot: Slot, row_ids: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
-        """Queues the copy of a reserved slot, now that rows `row_ids` (num_rows,) are in it; as `fill`."""
+        """Queues the copy of a reserved slot, now that its first rows are `row_ids`; as `fill`.
+
+        Args:
+            row_ids: (n,) int64, at most as many as were reserved.
+        """
         assert slot.state is SlotState.FILLING
+        assert len(row_ids) <= slot.num_rows
+        slot.num_rows = len(row_ids)
         slot.indices[: len(indices)] = indices
         self._queue_copy(slot)
         slot.row_ids[: slot.num_rows] = row_ids  # I4: only now the slot stands for them

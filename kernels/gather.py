@@ -31,6 +31,11 @@ class RowMemory:
 
     Row r lies in block r // rows_per_block, at the (r % rows_per_block)-th place; a flat file is one block.
 
+    Attributes:
+        codec: how a row is stored.
+        num_rows: rows in `data`.
+        native: what the native functions take; None without the extension.
+
     Args:
         data: the bytes; must outlive this object, as must the other arrays.
         block_offsets: where in `data` each block begins, uint64.
@@ -51,11 +56,11 @@ class RowMemory:
         num_ids: int | None = None,
     ) -> None:
         self._data, self._block_offsets, self._page_sums = data, block_offsets, page_sums
-        self._rows_per_block, self._num_rows, self._codec = rows_per_block, num_rows, codec
+        self._rows_per_block, self.num_rows, self.codec = rows_per_block, num_rows, codec
         self._num_ids = num_rows if num_ids is None else num_ids
-        self._native: Any = None
+        self.native: Any = None
         if native is not None:
-            self._native = native.RowMemory(
+            self.native = native.RowMemory(
                 data,
                 block_offsets,
                 rows_per_block,
@@ -83,11 +88,11 @@ class RowMemory:
             IndexError: an id is beyond the table; nothing was written.
             DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
         """
-        target = check_out(out, len(row_ids), self._codec)
-        if self._native is None:
+        target = check_out(out, len(row_ids), self.codec)
+        if self.native is None:
             check_ids(row_ids, self._num_ids)
             return self._gather_reference(row_ids, begin, end, out)
-        result: int = self._native.gather(row_ids, begin, end, *target, num_threads)
+        result: int = self.native.gather(row_ids, begin, end, *target, num_threads)
         if result >= 0:
             return result
         if result == _PAGE_FAULT:
@@ -98,16 +103,16 @@ class RowMemory:
 
     def absent(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         """Which of the rows (n,) are in that range and would have to be read from a disk, or may have to."""
-        if self._native is None:
+        if self.native is None:
             return (row_ids >= begin) & (row_ids < end)
         absent = np.zeros(len(row_ids), np.bool_)
-        self._native.absent(row_ids, begin, end, absent)
+        self.native.absent(row_ids, begin, end, absent)
         return absent
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Starts reading the rows of that range from their mapped file, all at once; only a hint."""
-        if self._native is not None:
-            self._native.will_need(row_ids, begin, end)
+        if self.native is not None:
+            self.native.will_need(row_ids, begin, end)
 
     def _gather_reference(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         """The oracle: one row after the other."""
@@ -116,21 +121,21 @@ class RowMemory:
             if begin <= row_id < end:
                 self._check_reference(row_id)
                 stored = torch.from_numpy(self._row_bytes(row_id).copy())
-                out[i] = self._codec.decode_reference(stored[None])[0].to(out.dtype)
+                out[i] = self.codec.decode_reference(stored[None])[0].to(out.dtype)
                 num_written += 1
         return num_written
 
     def _row_bytes(self, row_id: int) -> NDArray[np.uint8]:
         block, within = divmod(row_id, self._rows_per_block)
-        size = self._codec.row_bytes
+        size = self.codec.row_bytes
         at = int(self._block_offsets[block]) + within * size
         return self._data[at : at + size]
 
     def _check_reference(self, row_id: int) -> None:
         if self._page_sums is None:
             return
-        size = self._codec.row_bytes
-        stream_bytes = self._num_rows * size
+        size = self.codec.row_bytes
+        stream_bytes = self.num_rows * size
         for page in range(row_id * size // CHECK_BYTES, ((row_id + 1) * size - 1) // CHECK_BYTES + 1):
             begin, end = page * CHECK_BYTES, min((page + 1) * CHECK_BYTES, stream_bytes)
             rows = range(begin // size, (end - 1) // size + 1)

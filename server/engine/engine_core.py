@@ -398,6 +398,7 @@ class EngineCore:
         """Gives back everything a sequence holds."""
         del self._generations[generation.seq]
         self._row_waits.forget(generation)
+        self.overlay.forget_batch()
         if self.recycler is not None:
             self.recycler.forget(generation)
         if generation.rows is not None:

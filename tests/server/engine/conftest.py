@@ -71,6 +71,7 @@ class DictTable:
         self.slow: set[int] | None = None
         self.held: set[int] | None = set()
         self.num_read = 0
+        self.num_looked_up = 0
         self.num_cancelled = 0
         self.waits: list[float] = []
 
@@ -110,6 +111,23 @@ class DictTable:
             if its_row_ids[-1] >= 0:
                 wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
                 num_wanted += 1
+        return num_wanted
+
+    def look_up_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: Tensor,
+        wanted: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+    ) -> int | None:
+        ends = [(len(tokens) - 1, len(ids)) for tokens, ids in zip(sequences, row_ids, strict=True)]
+        if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
+            return None
+        num_wanted = self.match_newest(sequences, row_ids, wanted, places)
+        self.read_into(wanted[:num_wanted], out[:num_wanted])
+        self.num_looked_up += num_wanted
         return num_wanted
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:
