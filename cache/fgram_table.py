@@ -21,16 +21,18 @@ from scone.cache.device import CpuDevice, Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
+from scone.cache.memory_budget import MemoryBudget, Share
 from scone.cache.queued_rows import RowQueue
+from scone.cache.ram_index import RamIndex
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.row_share import RowShare
 from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
-from scone.cache.table_config import TableConfig
+from scone.cache.table_config import INDEX, TableConfig
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.look_up import look_up_newest
-from scone.kernels.match import Matcher, Matches
+from scone.kernels.match import BucketIndex, Matcher, Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
@@ -78,7 +80,8 @@ class FGramTable:
         self._files = files
         self._disk = disk
         self._ram = ram
-        self._share: RowShare | None = None
+        self._ram_index: RamIndex | None = None
+        self._shares: list[RowShare | Share] = []
         self._num_rows = files.manifest.num_fgrams
         self._row_bytes = files.manifest.row_bytes
         self._only_disk = ((disk, 0, self._num_rows),)
@@ -93,8 +96,8 @@ class FGramTable:
     ) -> Self:
         """Opens the table in directory `path`, reading no more than its headers.
 
-        A RAM tier fills in the background; the table serves meanwhile. `stats` are the counters of an
-        earlier generation, if those are to go on.
+        RAM tier and index are loaded in the background; the table serves meanwhile. `stats` are the counters
+        of an earlier generation, if those are to go on.
 
         Raises:
             TableError: the table is missing, incomplete, truncated, or damaged where it was looked at.
@@ -107,12 +110,27 @@ class FGramTable:
             disk = DirectReader(files, config.io_depth)
         else:
             disk = MappedReader(files, config.num_threads)
-        num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
-        ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
+        index_bytes = files.index.buckets.nbytes
+        plan = config.ram_plan(manifest.num_fgrams, manifest.row_bytes, index_bytes)
+        ram = RamRows(files, plan.num_rows, config.num_threads) if plan.num_rows else None
         table = cls(files, disk, ram, stats, config.device_bytes)
+        if plan.holds_index:
+            table._load_index(config.memory, index_bytes)
         if ram is not None and config.memory is not None:
-            table._share = RowShare(config.memory, ram, RowWorth(manifest, table.stats))
+            table._shares.append(RowShare(config.memory, ram, RowWorth(manifest, table.stats)))
         return table
+
+    def _load_index(self, memory: MemoryBudget | None, num_bytes: int) -> None:
+        """Has the index copied into memory, if somebody else has not been faster to take it."""
+        if memory is not None:
+            share = memory.join(INDEX)
+            self._shares.append(share)
+            if not share.reserve(num_bytes, 0.0):
+                return
+        self._ram_index = RamIndex(self._files, self._match_in)
+
+    def _match_in(self, index: BucketIndex) -> None:
+        self._matcher = Matcher(index, self.stats.num_matched)
 
     @property
     def manifest(self) -> TableManifest:
@@ -193,7 +211,9 @@ class FGramTable:
         return self._ram is None or self._ram.num_loaded == self._ram.num_rows
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
-        """Waits until the RAM tier is full or its loading failed; returns `ram_loaded`."""
+        """Waits until index and RAM tier are in memory or their loading failed; returns `ram_loaded`."""
+        if self._ram_index is not None:
+            self._ram_index.wait_loaded(timeout)
         return self._ram is None or self._ram.wait_loaded(timeout)
 
     @property
@@ -292,8 +312,8 @@ class FGramTable:
             out: (batch, dim), as for `read_into`.
 
         Returns:
-            How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or some
-            position is not that of the newest token, or was matched before.
+            How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or
+            some position is not that of the newest token, or was matched before.
 
         Raises:
             RowReadError: as `match_newest`.
@@ -381,8 +401,10 @@ class FGramTable:
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
-        if self._share is not None:
-            self._share.leave()
+        if self._ram_index is not None:
+            self._ram_index.close()
+        for share in self._shares:
+            share.leave()
         if self._ram is not None:
             self._ram.close()
         self._disk.close()

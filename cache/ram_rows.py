@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.huge_pages import map_memory
 from scone.kernels.gather import CHECK_BYTES, RowMemory
 from scone.model_store.errors import TableError
 from scone.model_store.table_files import TableFiles
@@ -49,12 +50,8 @@ class RamRows:
         self._row_bytes = files.manifest.row_bytes
         self._num_pages = -(-num_rows * self._row_bytes // CHECK_BYTES)
         num_bytes = min(self._num_pages * CHECK_BYTES, files.manifest.stream_bytes)
-        self._mapping = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            _logger.info("no huge pages for the table's RAM tier (%s): using ordinary ones", error)
-        self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+        self._mapping = map_memory(num_bytes, "the table's RAM tier")
+        self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, num_bytes)
         self.memory = RowMemory(
             self._data,
             _FIRST_BLOCK,

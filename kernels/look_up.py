@@ -1,4 +1,4 @@
-"""The look-up of one decode step: match the newest tokens, copy their rows; one native call (native/look_up.cpp).
+"""The look-up of one decode step in one native call: newest tokens matched, rows copied (native/look_up.cpp).
 
 The two steps by themselves, `Matcher.match_newest` and `RowMemory.gather`, are its oracle. Made of lists,
 since that is what an engine keeps of its sequences.

@@ -50,6 +50,7 @@ class Matcher:
     """Longest matches against one index. Thread-safe; the native one releases the GIL.
 
     Attributes:
+        index: what is searched.
         native: what the native functions take; None without the extension.
 
     Args:
@@ -59,7 +60,7 @@ class Matcher:
 
     def __init__(self, index: BucketIndex, num_matched: NDArray[np.int64] | None = None) -> None:
         self._num_matched = np.zeros(MAX_N + 1, np.int64) if num_matched is None else num_matched
-        self._index = index
+        self.index = index
         self.native: Any = None
         if native is not None:
             self.native = native.Matcher(
@@ -88,7 +89,7 @@ class Matcher:
         if starts is None:
             starts = np.array((0, len(tokens)), np.int64)
         if self.native is None:
-            return self._counted(match_reference(self._index, tokens, starts))
+            return self._counted(match_reference(self.index, tokens, starts))
         raise_fault(self.native.match(np.ascontiguousarray(tokens), starts, rows, lengths))
         return rows, lengths
 
@@ -105,7 +106,7 @@ class Matcher:
         if self.native is None:
             starts = np.arange(batch + 1, dtype=np.int64) * width
             all_rows, all_lengths = match_reference(
-                self._index, windows.reshape(-1), starts, consecutive=False
+                self.index, windows.reshape(-1), starts, consecutive=False
             )
             return self._counted((all_rows[width - 1 :: width], all_lengths[width - 1 :: width]))
         rows = np.empty(batch, np.int64)
@@ -133,7 +134,7 @@ class Matcher:
             DamagedDataError: a bucket does not fit its check bits or cannot be read; nothing was appended.
         """
         if self.native is None:
-            width = self._index.max_n
+            width = self.index.max_n
             windows = [[-1] * (width - len(tokens)) + tokens[-width:] for tokens in sequences]
             found = self.match_last(np.array(windows, np.int64).reshape(len(sequences), width))[0]
             for row_id, its_row_ids in zip(found.tolist(), row_ids, strict=True):

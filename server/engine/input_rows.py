@@ -266,7 +266,7 @@ class InputRows:
             out: (num_sequences, dim); the rows that there are are written to its first ones.
 
         Returns:
-            As `wanted`. None, and nothing was done, if it cannot be done at once: see `FGramTable.look_up_newest`.
+            As `wanted`. None, and nothing was done, if it cannot be done at once (see the table's method).
 
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
