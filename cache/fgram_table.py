@@ -31,6 +31,7 @@ from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
 from scone.cache.table_config import INDEX, TableConfig
 from scone.kernels.errors import DamagedDataError
+from scone.kernels.gather import RowTarget
 from scone.kernels.look_up import look_up_newest
 from scone.kernels.match import BucketIndex, Matcher, Matches
 from scone.model_store.errors import TableError
@@ -301,7 +302,7 @@ class FGramTable:
         sequences: list[list[int]],
         row_ids: list[list[int]],
         positions: list[int],
-        out: Tensor,
+        out: RowTarget,
         wanted: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> int | None:
@@ -309,7 +310,7 @@ class FGramTable:
 
         Args:
             positions: of each sequence, the input that is asked for.
-            out: (batch, dim), as for `read_into`.
+            out: of at least as many rows as there are sequences.
 
         Returns:
             How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or
@@ -336,7 +337,7 @@ class FGramTable:
                 seconds = time.perf_counter() - started
                 self.stats.add_read(ram.tier, num_wanted, num_wanted * self._row_bytes, seconds)
             else:  # rows may have been given up before they were copied
-                self.read_into(wanted[:num_wanted], out[:num_wanted])
+                self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
         return num_wanted
 
     def rows(self, row_ids: Ids) -> Tensor:

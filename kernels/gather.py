@@ -6,7 +6,8 @@ exception and not a dead process) or on its NumPy/torch oracle. Knows bytes and 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -162,21 +163,46 @@ def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
         raise IndexError(f"row id {largest} is beyond the table's {num_ids} rows")
 
 
+@dataclass(frozen=True, slots=True)
+class RowTarget:
+    """Where rows go, as the native kernels take it: made once for memory that is written again and again.
+
+    Attributes:
+        rows: (num_rows, dim).
+    """
+
+    rows: Tensor
+    num_rows: int
+    dim: int
+    address: int
+    stride_bytes: int
+    dtype_id: int
+
+    @classmethod
+    def of(cls, out: Tensor) -> Self:
+        """Raises ValueError: `out` cannot take decoded rows."""
+        stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
+        num_rows, dim = out.shape if out.dim() == 2 else (0, 0)
+        if out.dim() != 2 or (dim > 1 and values_apart != 1):
+            raise ValueError(
+                f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted (num_rows, dim)"
+                " with the values of a row side by side"
+            )
+        dtype_id = DTYPE_IDS.get(out.dtype)
+        if dtype_id is None or not out.is_cpu:
+            raise ValueError(
+                f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
+            )
+        return cls(out, num_rows, dim, out.data_ptr(), stride * out.element_size(), dtype_id)
+
+
 def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> tuple[int, int, int]:
     """The address, the bytes from row to row and the dtype of `out`, as the native kernels take them.
 
     Raises:
         ValueError: `out` cannot take `num_rows` decoded rows.
     """
-    stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
-    if out.shape != (num_rows, codec.dim) or (codec.dim > 1 and values_apart != 1):
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted"
-            f" ({num_rows}, {codec.dim}) with the values of a row side by side"
-        )
-    dtype_id = DTYPE_IDS.get(out.dtype)
-    if dtype_id is None or not out.is_cpu:
-        raise ValueError(
-            f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
-        )
-    return out.data_ptr(), stride * out.element_size(), dtype_id
+    target = RowTarget.of(out)
+    if (target.num_rows, target.dim) != (num_rows, codec.dim):
+        raise ValueError(f"out has shape {tuple(out.shape)}, wanted ({num_rows}, {codec.dim})")
+    return target.address, target.stride_bytes, target.dtype_id

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from scone.kernels.extension import native
-from scone.kernels.gather import RowMemory, check_out
+from scone.kernels.gather import RowMemory, RowTarget
 from scone.kernels.match import FAULTS, Matcher, raise_fault
 
 _NOT_NEWEST, _ELSEWHERE = -1, -2
@@ -23,7 +22,7 @@ def look_up_newest(
     sequences: list[list[int]],
     row_ids: list[list[int]],
     positions: list[int],
-    out: Tensor,
+    out: RowTarget,
     wanted: NDArray[np.int64],
     places: NDArray[np.int64],
 ) -> int | None:
@@ -32,7 +31,7 @@ def look_up_newest(
     Args:
         memory: of checked bytes: without checksums of its own.
         positions: of each sequence, which of its inputs is asked for.
-        out: (batch, dim), as for `RowMemory.gather`.
+        out: of at least as many rows as there are sequences.
 
     Returns:
         How many rows there are. None, and nothing was appended, if some position is not that of the newest
@@ -43,9 +42,22 @@ def look_up_newest(
     """
     if native is None or matcher.native is None or memory.native is None:
         return look_up_reference(matcher, memory, sequences, row_ids, positions, out, wanted, places)
-    target = check_out(out, len(sequences), memory.codec)
+    if out.num_rows < len(sequences) or out.dim != memory.codec.dim:
+        raise ValueError(
+            f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(sequences)}, {memory.codec.dim})"
+            " or more rows"
+        )
     found: int = native.look_up_newest(
-        matcher.native, memory.native, sequences, row_ids, positions, *target, wanted, places
+        matcher.native,
+        memory.native,
+        sequences,
+        row_ids,
+        positions,
+        out.address,
+        out.stride_bytes,
+        out.dtype_id,
+        wanted,
+        places,
     )
     if found >= 0:
         return found
@@ -61,7 +73,7 @@ def look_up_reference(
     sequences: list[list[int]],
     row_ids: list[list[int]],
     positions: list[int],
-    out: Tensor,
+    out: RowTarget,
     wanted: NDArray[np.int64],
     places: NDArray[np.int64],
 ) -> int | None:
@@ -75,5 +87,5 @@ def look_up_reference(
         return None
     for ids, more in zip(row_ids, found, strict=True):
         ids += more
-    memory.gather(wanted[:num_wanted], 0, memory.num_rows, out[:num_wanted])
+    memory.gather(wanted[:num_wanted], 0, memory.num_rows, out.rows[:num_wanted])
     return num_wanted

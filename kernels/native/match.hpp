@@ -72,6 +72,19 @@ struct Block {
     int32_t candidate[kBlock];
 };
 
+// Asks for the lines of all lengths at once. For a few positions only: more of them give each length lines enough
+// to be on their way together, without those of lengths that are never reached.
+template <class TokenAt>
+void ask_for_all(const Index& index, const Block& block, int64_t size, const TokenAt& token) {
+    for (int64_t i = 0; i < size; i++) {
+        uint64_t lane = index.seed_a;
+        for (int n = 1; n <= block.reach[i]; n++) {
+            lane = extend(lane, token(i, n - 1), kMultiplierA);
+            if (n >= 2) __builtin_prefetch(&index.buckets[home_bucket(lane, index.num_home_buckets)]);
+        }
+    }
+}
+
 // Fills rows[i] and lengths[i] of each position of the block; token(i, back) is the one `back` before position i.
 // With `consecutive`, position i - 1 is that of the token before i, also before the block.
 // Returns the number of a damaged bucket or kNoFault.
@@ -79,6 +92,7 @@ template <bool consecutive, class TokenAt>
 int64_t match_block(const Index& index, Block& block, int64_t size, const TokenAt& token, int64_t* rows,
                     int8_t* lengths) {
     int64_t num_candidates = 0;
+    if (!consecutive) ask_for_all(index, block, size, token);
     for (int64_t i = 0; i < size; i++) {
         rows[i] = -1;
         lengths[i] = 1;

@@ -211,7 +211,7 @@ class EngineCore:
     def _embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
         rows = self._rows_of(chunks)
-        if any([r is not None and r.reads for r in rows]):
+        if self._row_waits.has_read and any([r is not None and r.reads for r in rows]):
             chunks = self._end_unreadable(chunks, self._read_error)
             rows = self._rows_of(chunks)
         while chunks:
@@ -264,7 +264,7 @@ class EngineCore:
             scheduler.commit(self.state, chunk)
             if num_new := generation.run.count_prompt_tokens(chunk.seq.num_computed_tokens):
                 self.observer.on_prompt_tokens(num_new)
-            if generation.rows is not None and generation.rows.reads:
+            if self._row_waits.has_read and generation.rows is not None:
                 generation.rows.drop_before(chunk.seq.num_computed_tokens)
             if self.recycler is not None and chunk.start < len(generation.run.request.input_ids):
                 self.recycler.keep(generation, chunk, part)

@@ -25,6 +25,7 @@ from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
+from scone.kernels.gather import RowTarget
 from scone.server.engine.scheduler import Chunk
 
 CHUNK_TOKENS = 256
@@ -76,7 +77,7 @@ class Table(Protocol):
         sequences: list[list[int]],
         row_ids: list[list[int]],
         positions: list[int],
-        out: Tensor,
+        out: RowTarget,
         wanted: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> int | None: ...
@@ -256,14 +257,14 @@ class InputRows:
         return found[places], places
 
     def look_up_newest(
-        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: Tensor
+        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: RowTarget
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """`wanted` and `gather` in one for decoding sequences, each asking for the row of its newest token.
 
         Args:
             row_ids, token_ids: of each sequence; appends to the former.
             positions: its input.
-            out: (num_sequences, dim); the rows that there are are written to its first ones.
+            out: its first rows are written, as many as there are.
 
         Returns:
             As `wanted`. None, and nothing was done, if it cannot be done at once (see the table's method).

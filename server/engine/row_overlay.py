@@ -74,7 +74,7 @@ class RowOverlay:
         assert slot is not None, "each step gives its slot back"
         try:
             positions = [chunk.start for chunk in chunks]
-            found = batch.source.look_up_newest(batch.row_ids, batch.token_ids, positions, slot.host_rows)
+            found = batch.source.look_up_newest(batch.row_ids, batch.token_ids, positions, slot.host_target)
             if found is None:
                 return False
             wanted, places = found

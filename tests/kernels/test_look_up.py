@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.fgram_hash import BUCKET_DTYPE
-from scone.kernels.gather import RowMemory
+from scone.kernels.gather import RowMemory, RowTarget
 from scone.kernels.look_up import look_up_newest, look_up_reference
 from scone.kernels.match import MAX_N, BucketIndex, Matcher
 from scone.kernels.row_codec import RowCodec
@@ -55,7 +55,14 @@ class Step:
 
     def run(self, look_up: LookUp, matcher: Matcher, memory: RowMemory) -> int | None:
         return look_up(
-            matcher, memory, self.sequences, self.row_ids, self.positions, self.out, self.wanted, self.places
+            matcher,
+            memory,
+            self.sequences,
+            self.row_ids,
+            self.positions,
+            RowTarget.of(self.out),
+            self.wanted,
+            self.places,
         )
 
     def ids(self) -> list[Any]:

@@ -20,6 +20,7 @@ from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import SlotState
+from scone.kernels.gather import RowTarget
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
 from scone.server.engine.engine_config import EngineConfig
@@ -118,7 +119,7 @@ class DictTable:
         sequences: list[list[int]],
         row_ids: list[list[int]],
         positions: list[int],
-        out: Tensor,
+        out: RowTarget,
         wanted: np.ndarray[Any, Any],
         places: np.ndarray[Any, Any],
     ) -> int | None:
@@ -126,7 +127,7 @@ class DictTable:
         if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
             return None
         num_wanted = self.match_newest(sequences, row_ids, wanted, places)
-        self.read_into(wanted[:num_wanted], out[:num_wanted])
+        self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
         self.num_looked_up += num_wanted
         return num_wanted
 
