@@ -39,6 +39,7 @@ from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
 
 Ids = Sequence[int] | NDArray[Any] | Tensor
+_TOKEN_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +432,7 @@ class FGramTable:
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:
     array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
-    return array if array.dtype == np.int64 or array.dtype == np.int32 else array.astype(np.int64)
+    return array if array.dtype in _TOKEN_DTYPES else array.astype(np.int64)
 
 
 def _row_id_array(row_ids: Ids) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ class RowMemory:
             IndexError: an id is beyond the table; nothing was written.
             DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
         """
-        target = check_out(out, len(row_ids), self.codec)
+        target = check_out(out, len(row_ids), self.codec.dim)
         if self.native is None:
             check_ids(row_ids, self._num_ids)
             return self._gather_reference(row_ids, begin, end, out)
@@ -147,7 +147,7 @@ class RowMemory:
 
 def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowCodec, out: Tensor) -> None:
     """Writes the row stored at data[offsets[i]:] to out[i]; a negative offset leaves out[i] untouched."""
-    target = check_out(out, len(offsets), codec)
+    target = check_out(out, len(offsets), codec.dim)
     if native is not None:
         native.decode_rows(data, offsets, codec.codec_id, codec.dtype_id, codec.dim, *target)
         return
@@ -181,28 +181,25 @@ class RowTarget:
     @classmethod
     def of(cls, out: Tensor) -> Self:
         """Raises ValueError: `out` cannot take decoded rows."""
-        stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
-        num_rows, dim = out.shape if out.dim() == 2 else (0, 0)
-        if out.dim() != 2 or (dim > 1 and values_apart != 1):
-            raise ValueError(
-                f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted (num_rows, dim)"
-                " with the values of a row side by side"
-            )
-        dtype_id = DTYPE_IDS.get(out.dtype)
-        if dtype_id is None or not out.is_cpu:
-            raise ValueError(
-                f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
-            )
-        return cls(out, num_rows, dim, out.data_ptr(), stride * out.element_size(), dtype_id)
+        num_rows, dim = out.shape if out.dim() == 2 else (-1, -1)
+        return cls(out, num_rows, dim, *check_out(out, num_rows, dim))
 
 
-def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> tuple[int, int, int]:
+def check_out(out: Tensor, num_rows: int, dim: int) -> tuple[int, int, int]:
     """The address, the bytes from row to row and the dtype of `out`, as the native kernels take them.
 
     Raises:
-        ValueError: `out` cannot take `num_rows` decoded rows.
+        ValueError: `out` cannot take `num_rows` decoded rows of `dim` values.
     """
-    target = RowTarget.of(out)
-    if (target.num_rows, target.dim) != (num_rows, codec.dim):
-        raise ValueError(f"out has shape {tuple(out.shape)}, wanted ({num_rows}, {codec.dim})")
-    return target.address, target.stride_bytes, target.dtype_id
+    stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
+    if out.shape != (num_rows, dim) or (dim > 1 and values_apart != 1):
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted"
+            f" ({num_rows}, {dim}) with the values of a row side by side"
+        )
+    dtype_id = DTYPE_IDS.get(out.dtype)
+    if dtype_id is None or not out.is_cpu:
+        raise ValueError(
+            f"out is {out.dtype} on {out.device}, wanted float32, bfloat16 or float16 on the CPU"
+        )
+    return out.data_ptr(), stride * out.element_size(), dtype_id

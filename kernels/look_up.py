@@ -40,13 +40,13 @@ def look_up_newest(
     Raises:
         DamagedDataError: as `Matcher.match_newest`.
     """
-    if native is None or matcher.native is None or memory.native is None:
-        return look_up_reference(matcher, memory, sequences, row_ids, positions, out, wanted, places)
     if out.num_rows < len(sequences) or out.dim != memory.codec.dim:
         raise ValueError(
             f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(sequences)}, {memory.codec.dim})"
             " or more rows"
         )
+    if native is None or matcher.native is None or memory.native is None:
+        return look_up_reference(matcher, memory, sequences, row_ids, positions, out, wanted, places)
     found: int = native.look_up_newest(
         matcher.native,
         memory.native,

@@ -19,6 +19,7 @@ from scone.kernels.extension import native
 MAX_N = 16
 """The longest f-gram the kernels look for; the paper uses 5."""
 
+_NO_FAULT = -1
 _PAGE_FAULT = -2
 FAULTS = -3
 """Where a native function returns a number of rows: FAULTS - fault, if there is one."""
@@ -111,7 +112,9 @@ class Matcher:
             return self._counted((all_rows[width - 1 :: width], all_lengths[width - 1 :: width]))
         rows = np.empty(batch, np.int64)
         lengths = np.empty(batch, np.int8)
-        raise_fault(self.native.match_last(windows, rows, lengths))
+        fault = self.native.match_last(windows, rows, lengths)
+        if fault != _NO_FAULT:
+            raise_fault(fault)
         return rows, lengths
 
     def match_newest(

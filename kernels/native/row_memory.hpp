@@ -19,7 +19,7 @@
 #include "crc32c.hpp"
 #include "decode_row.hpp"
 #include "fault_guard.hpp"
-#include "stream_copy.hpp"
+#include "row_copy.hpp"
 #include "thread_team.hpp"
 
 namespace nb = nanobind;
@@ -32,9 +32,8 @@ constexpr int64_t kBeyond = -2;      // an id is beyond the table; nothing was w
 constexpr int64_t kDamagedRow = -3;  // kDamagedRow - r: row r does not fit its checksum
 constexpr size_t kPageBytes = 4096;             // granularity of mincore and madvise; larger pages are multiples
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
-constexpr size_t kLineBytes = 64;
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, waking a thread costs more than it saves
-constexpr int64_t kBytesPerChunk = 64 << 10;    // a thread takes so much at a time
+constexpr int64_t kLeastBytesPerChunk = 64 << 10, kMostBytesPerChunk = 1 << 20;  // what a thread takes at a time
 constexpr int64_t kStreamBytes = 16 << 20;       // more than this would push all else out of the caches
 constexpr int64_t kBytesAhead = 8 << 10;        // of rows on their way while one is copied
 constexpr int64_t kUnlockBytes = 256 << 10;     // a shorter copy ends before the GIL, once given away, comes back
@@ -106,7 +105,7 @@ class RowMemory {
 
     // Asks for all of a row's lines.
     void ask_for_row(int64_t row) const {
-        for (size_t at = 0; at < row_bytes_; at += kLineBytes) __builtin_prefetch(address(row) + at);
+        for (size_t at = 0; at < row_bytes_; at += kLineBytes) ask_for_line(address(row) + at);
     }
 
     // absent[i] = whether row ids[i], begin <= ids[i] < end, is not wholly in memory: then reading it is slow.
@@ -162,7 +161,9 @@ class RowMemory {
     int64_t gather_together(const Job& job, int64_t n, int num_threads) {
         if (!team_ || team_->size() != num_threads) team_ = std::make_unique<ThreadTeam>(num_threads);
         std::vector<int64_t> results(size_t(num_threads), 0);
-        int64_t chunk = std::max<int64_t>(1, kBytesPerChunk / int64_t(row_bytes_));
+        // Each piece begins without rows on their way: few of them, but enough that no thread waits long.
+        int64_t num_bytes = n * int64_t(row_bytes_) / (8 * num_threads);
+        int64_t chunk = std::clamp(num_bytes, kLeastBytesPerChunk, kMostBytesPerChunk) / int64_t(row_bytes_) + 1;
         team_->run([&](int t) {
             team_->share(int(n), int(chunk), [&](int from, int to) {
                 int64_t& result = results[size_t(t)];
@@ -190,6 +191,7 @@ class RowMemory {
         const int64_t* ids = job.ids;
         auto wanted = [&](int64_t i) { return i < to && ids[i] >= job.begin && ids[i] < job.end; };
         int64_t ahead = std::max<int64_t>(1, kBytesAhead / int64_t(row_bytes_));
+        const RowCopies& copy = row_copies();
         int64_t num_written = 0;
         for (int64_t i = from; i < from + ahead; i++)
             if (wanted(i)) ask_for_row(ids[i]);
@@ -203,9 +205,9 @@ class RowMemory {
             uint8_t* out = job.target.data + i * job.target.stride_bytes;
             const uint8_t* next = wanted(i + ahead) ? address(ids[i + ahead]) : nullptr;
             if (job.streams) {
-                copy_row<true>(out, address(row), next);
+                copy.streaming(out, address(row), row_bytes_, next);
             } else if (copies(job.target.type)) {
-                copy_row<false>(out, address(row), next);
+                copy.cached(out, address(row), row_bytes_, next);
             } else {
                 if (next != nullptr) ask_for_row(ids[i + ahead]);
                 decode_row(format_, address(row), out, job.target.type);
@@ -213,21 +215,6 @@ class RowMemory {
             num_written++;
         }
         return num_written;
-    }
-
-    // Copies a row line by line, and with each line asks for one of the row at `next`.
-    template <bool streams>
-    void copy_row(uint8_t* out, const uint8_t* row, const uint8_t* next) const {
-        size_t at = 0;
-        for (; at + kLineBytes <= row_bytes_; at += kLineBytes) {
-            if (next != nullptr) __builtin_prefetch(next + at);
-            if (streams) stream_copy(out + at, row + at, kLineBytes);
-            else std::memcpy(out + at, row + at, kLineBytes);
-        }
-        if (at == row_bytes_) return;
-        if (next != nullptr) __builtin_prefetch(next + at);
-        if (streams) stream_copy(out + at, row + at, row_bytes_ - at);
-        else std::memcpy(out + at, row + at, row_bytes_ - at);
     }
 
     // Each page of the row stream is checked when it is first read; the result is remembered in one bit.
