@@ -2,7 +2,7 @@
 //
 // A probe is one cache line from memory: some 100 ns if awaited. Positions are therefore taken in blocks, and a
 // block length by length: first all lines that it needs for f-grams of n tokens are asked for (prefetch), then
-// they are looked at. Both loops run straight on: whether a probe hits is anybody's guess, and a wrong guess of
+// they are looked at. The loops run straight on: whether a probe hits is anybody's guess, and a wrong guess of
 // the processor costs as much as a probe. In a closed set only those positions go on to n + 1 where both parts
 // of the longer f-gram were found, the one that ends there and the one that ends one token earlier; that leaves
 // about 1.7 probes a token (docs/lookup.md).
@@ -44,23 +44,34 @@ bool is_token(Token token) {
     return token >= 0 && int64_t(token) <= INT32_MAX;  // others are padding: no f-gram reaches across it
 }
 
-// Looks for a fingerprint from its home bucket on. Returns the row, -1 if there is none, or kDamaged.
+// What one bucket says of a fingerprint; without a branch, since whether a probe hits is anybody's guess.
+struct Finding {
+    int64_t row;       // -1: not here
+    uint32_t further;  // 1: not here, but maybe in the next bucket
+    uint32_t damaged;  // 1: the bucket does not fit its check bits
+};
+
+inline Finding look_in(const Bucket& bucket, uint64_t fingerprint) {
+    unsigned found = 1u << Bucket::kSlots;
+    for (int i = 0; i < Bucket::kSlots; i++) found |= unsigned(bucket.fingerprint[i] == fingerprint) << i;
+    // `meta` follows the rows, so that slot 5 is a place to read where nothing was found
+    uint32_t row;
+    auto bytes = reinterpret_cast<const uint8_t*>(&bucket) + offsetof(Bucket, row);
+    std::memcpy(&row, bytes + sizeof row * size_t(__builtin_ctz(found)), sizeof row);
+    // slots fill from the first on: where an empty one is the first to agree, no other does
+    uint32_t hit = uint32_t(found != 1u << Bucket::kSlots) & uint32_t(row != Bucket::kEmpty);
+    return {int64_t(row) | (int64_t(hit) - 1), (hit ^ 1) & (bucket.meta & Bucket::kPassed),
+            uint32_t(bucket_check(bucket) != bucket.meta >> 8)};
+}
+
+// Looks for a fingerprint from bucket `at` on. Returns the row, -1 if there is none, or kDamaged.
 constexpr int64_t kDamaged = -2;
 inline int64_t probe(const Index& index, uint64_t& at, uint64_t fingerprint) {
     for (;; at++) {
-        if (__builtin_expect(at >= index.num_buckets, 0)) return kDamaged;
-        const Bucket& bucket = index.buckets[at];
-        if (__builtin_expect(bucket_check(bucket) != bucket.meta >> 8, 0)) return kDamaged;
-        unsigned found = 1u << Bucket::kSlots;
-        for (int i = 0; i < Bucket::kSlots; i++) found |= unsigned(bucket.fingerprint[i] == fingerprint) << i;
-        // `meta` follows the rows, so that slot 5 is a place to read where nothing was found
-        uint32_t row;
-        auto bytes = reinterpret_cast<const uint8_t*>(&bucket) + offsetof(Bucket, row);
-        std::memcpy(&row, bytes + sizeof row * size_t(__builtin_ctz(found)), sizeof row);
-        bool hit = found != 1u << Bucket::kSlots;
-        // slots fill from the first on: where an empty one is the first to agree, no other does
-        if (__builtin_expect(hit && row == Bucket::kEmpty, 0)) hit = false;
-        if (hit || !(bucket.meta & Bucket::kPassed)) return hit ? int64_t(row) : -1;
+        if (at >= index.num_buckets) return kDamaged;
+        Finding finding = look_in(index.buckets[at], fingerprint);
+        if (finding.damaged) return kDamaged;
+        if (!finding.further) return finding.row;
     }
 }
 
@@ -70,6 +81,7 @@ struct Block {
     uint64_t lane_a[kBlock], lane_b[kBlock];
     uint64_t bucket[kBlock];
     int32_t candidate[kBlock];
+    int32_t further[kBlock];  // those of the candidates whose search goes on after the first bucket
 };
 
 // Asks for the lines of all lengths at once. For a few positions only: more of them give each length lines enough
@@ -80,7 +92,7 @@ void ask_for_all(const Index& index, const Block& block, int64_t size, const Tok
         uint64_t lane = index.seed_a;
         for (int n = 1; n <= block.reach[i]; n++) {
             lane = extend(lane, token(i, n - 1), kMultiplierA);
-            if (n >= 2) __builtin_prefetch(&index.buckets[home_bucket(lane, index.num_home_buckets)]);
+            if (n >= 2) __builtin_prefetch(&index.buckets[home_bucket(lane, index.num_home_buckets)], 0, 2);
         }
     }
 }
@@ -109,20 +121,37 @@ int64_t match_block(const Index& index, Block& block, int64_t size, const TokenA
             block.lane_a[i] = extend(block.lane_a[i], id, kMultiplierA);
             block.lane_b[i] = extend(block.lane_b[i], id, kMultiplierB);
             block.bucket[k] = home_bucket(block.lane_a[i], index.num_home_buckets);
-            __builtin_prefetch(&index.buckets[block.bucket[k]]);
+            __builtin_prefetch(&index.buckets[block.bucket[k]], 0, 2);
         }
+        int64_t num_further = 0;
+        uint32_t damaged = 0;
         for (int64_t k = 0; k < num_candidates; k++) {
             int64_t i = block.candidate[k];
-            int64_t row = probe(index, block.bucket[k], block.lane_b[i] >> index.fingerprint_shift);
-            if (__builtin_expect(row == kDamaged, 0)) return int64_t(block.bucket[k]);
+            Finding finding = look_in(index.buckets[block.bucket[k]], block.lane_b[i] >> index.fingerprint_shift);
+            damaged |= finding.damaged;
+            block.further[num_further] = int32_t(k);
+            num_further += finding.further;
+            int64_t absent = finding.row >> 63;  // all ones or all zeros
+            rows[i] = (rows[i] & absent) | (finding.row & ~absent);
+            lengths[i] = int8_t((lengths[i] & absent) | (n & ~absent));
+        }
+        if (damaged) {
+            for (int64_t k = 0;; k++)
+                if (look_in(index.buckets[block.bucket[k]], 0).damaged) return int64_t(block.bucket[k]);
+        }
+        for (int64_t f = 0; f < num_further; f++) {
+            int64_t k = block.further[f], i = block.candidate[k];
+            int64_t row = probe(index, ++block.bucket[k], block.lane_b[i] >> index.fingerprint_shift);
+            if (row == kDamaged) return int64_t(block.bucket[k]);
             rows[i] = row >= 0 ? row : rows[i];
             lengths[i] = int8_t(row >= 0 ? n : lengths[i]);
         }
         int64_t num_left = 0;
         for (int64_t k = 0; k < num_candidates; k++) {
             int64_t i = block.candidate[k];
-            bool goes_on = block.reach[i] > n;  // then position i - 1 is of the same sequence
-            if (index.closed && goes_on) goes_on = (lengths[i] == n) & (!consecutive || lengths[i - 1] >= n);
+            int64_t goes_on = block.reach[i] > n;  // then position i - 1 is of the same sequence
+            // lengths[i - 1] is looked at only where it is there
+            goes_on &= int64_t(!index.closed) | ((lengths[i] == n) & (int64_t(!consecutive) | (lengths[i - goes_on] >= n)));
             block.candidate[num_left] = int32_t(i);
             num_left += goes_on;
         }
