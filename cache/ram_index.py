@@ -7,7 +7,6 @@ the line, and all of them for the disk once the kernel has dropped the pages.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,6 +61,5 @@ class RamIndex:
             # Not fatal: the file is read as it is, and whoever meets a damaged bucket is told so.
             _logger.error("the index of %s cannot be copied into memory: %s", self._files.path, error)
             return
-        # The page cache holds a second copy of what was just read.
-        os.posix_fadvise(self._files.index_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        # Its pages stay in the page cache, unlike those of the rows: others may match in the file itself.
         self._on_loaded(replace(index, buckets=data.view(BUCKET_DTYPE)))
