@@ -21,20 +21,25 @@ from scone.cache.device import CpuDevice, Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
+from scone.cache.memory_budget import MemoryBudget, Share
 from scone.cache.queued_rows import RowQueue
+from scone.cache.ram_index import RamIndex
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.row_share import RowShare
 from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
-from scone.cache.table_config import TableConfig
+from scone.cache.table_config import INDEX, TableConfig
 from scone.kernels.errors import DamagedDataError
-from scone.kernels.match import Matcher, Matches
+from scone.kernels.gather import RowTarget
+from scone.kernels.look_up import look_up_newest
+from scone.kernels.match import BucketIndex, Matcher, Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
 
 Ids = Sequence[int] | NDArray[Any] | Tensor
+_TOKEN_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,8 @@ class FGramTable:
         self._files = files
         self._disk = disk
         self._ram = ram
-        self._share: RowShare | None = None
+        self._ram_index: RamIndex | None = None
+        self._shares: list[RowShare | Share] = []
         self._num_rows = files.manifest.num_fgrams
         self._row_bytes = files.manifest.row_bytes
         self._only_disk = ((disk, 0, self._num_rows),)
@@ -92,8 +98,8 @@ class FGramTable:
     ) -> Self:
         """Opens the table in directory `path`, reading no more than its headers.
 
-        A RAM tier fills in the background; the table serves meanwhile. `stats` are the counters of an
-        earlier generation, if those are to go on.
+        RAM tier and index are loaded in the background; the table serves meanwhile. `stats` are the counters
+        of an earlier generation, if those are to go on.
 
         Raises:
             TableError: the table is missing, incomplete, truncated, or damaged where it was looked at.
@@ -106,12 +112,27 @@ class FGramTable:
             disk = DirectReader(files, config.io_depth)
         else:
             disk = MappedReader(files, config.num_threads)
-        num_ram_rows = config.ram_rows(manifest.num_fgrams, manifest.row_bytes)
-        ram = RamRows(files, num_ram_rows, config.num_threads) if num_ram_rows else None
+        index_bytes = files.index.buckets.nbytes
+        plan = config.ram_plan(manifest.num_fgrams, manifest.row_bytes, index_bytes)
+        ram = RamRows(files, plan.num_rows, config.num_threads) if plan.num_rows else None
         table = cls(files, disk, ram, stats, config.device_bytes)
+        if plan.holds_index:
+            table._load_index(config.memory, index_bytes)
         if ram is not None and config.memory is not None:
-            table._share = RowShare(config.memory, ram, RowWorth(manifest, table.stats))
+            table._shares.append(RowShare(config.memory, ram, RowWorth(manifest, table.stats)))
         return table
+
+    def _load_index(self, memory: MemoryBudget | None, num_bytes: int) -> None:
+        """Has the index copied into memory, if somebody else has not been faster to take it."""
+        if memory is not None:
+            share = memory.join(INDEX)
+            self._shares.append(share)
+            if not share.reserve(num_bytes, 0.0):
+                return
+        self._ram_index = RamIndex(self._files, self._match_in)
+
+    def _match_in(self, index: BucketIndex) -> None:
+        self._matcher = Matcher(index, self.stats.num_matched)
 
     @property
     def manifest(self) -> TableManifest:
@@ -192,7 +213,9 @@ class FGramTable:
         return self._ram is None or self._ram.num_loaded == self._ram.num_rows
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
-        """Waits until the RAM tier is full or its loading failed; returns `ram_loaded`."""
+        """Waits until index and RAM tier are in memory or their loading failed; returns `ram_loaded`."""
+        if self._ram_index is not None:
+            self._ram_index.wait_loaded(timeout)
         return self._ram is None or self._ram.wait_loaded(timeout)
 
     @property
@@ -275,6 +298,49 @@ class FGramTable:
         except DamagedDataError as error:
             raise self._index_error(error) from None
 
+    def look_up_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int | None:
+        """`match_newest`, and the row of wanted[k] to out[k], in one native call where all rows are in RAM.
+
+        Args:
+            positions: of each sequence, the input that is asked for.
+            out: of at least as many rows as there are sequences.
+
+        Returns:
+            How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or
+            some position is not that of the newest token, or was matched before.
+
+        Raises:
+            RowReadError: as `match_newest`.
+        """
+        ram = self._ram
+        if ram is None or self.device_rows is not None:
+            return None
+        num_shrinks = ram.num_shrinks
+        if ram.num_loaded != self._num_rows:
+            return None
+        started = time.perf_counter()
+        try:
+            num_wanted = look_up_newest(
+                self._matcher, ram.memory, sequences, row_ids, positions, out, wanted, places
+            )
+        except DamagedDataError as error:
+            raise self._index_error(error) from None
+        if num_wanted:
+            if ram.num_shrinks == num_shrinks:
+                seconds = time.perf_counter() - started
+                self.stats.add_read(ram.tier, num_wanted, num_wanted * self._row_bytes, seconds)
+            else:  # rows may have been given up before they were copied
+                self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
+        return num_wanted
+
     def rows(self, row_ids: Ids) -> Tensor:
         """(n, dim) rows in the table's dtype; those of id -1 are undefined. Raises as `read_into`."""
         ids = _row_id_array(row_ids)
@@ -337,8 +403,10 @@ class FGramTable:
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
-        if self._share is not None:
-            self._share.leave()
+        if self._ram_index is not None:
+            self._ram_index.close()
+        for share in self._shares:
+            share.leave()
         if self._ram is not None:
             self._ram.close()
         self._disk.close()
@@ -364,7 +432,7 @@ class FGramTable:
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:
     array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
-    return array if array.dtype == np.int64 or array.dtype == np.int32 else array.astype(np.int64)
+    return array if array.dtype in _TOKEN_DTYPES else array.astype(np.int64)
 
 
 def _row_id_array(row_ids: Ids) -> NDArray[np.int64]:

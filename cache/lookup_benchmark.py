@@ -28,6 +28,7 @@ from scone.cache.fgram_table import FGramTable
 from scone.cache.lookup_rivals import DictMatch, EngramRows, MemmapRows, RowSource, TorchFileRows
 from scone.cache.lookup_workload import Workload, cut_workload, drop_from_page_cache, write_table
 from scone.cache.table_config import TableConfig
+from scone.kernels.gather import RowTarget
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
 from scone.model_store.token_corpus import TokenCorpus
@@ -164,11 +165,25 @@ def _measure_lookup(
     prompt_lists, step_lists = prompts.tolist(), steps.tolist()
     for i in range(len(prompts)):
         _check_match(rival.match(prompt_lists[i]), table.match(prompts[i])[0])
-    _check_match(rival.match_last(step_lists[0]), table.match_last(steps[0])[0])
+    for i in range(len(steps)):
+        _check_match(rival.match_last(step_lists[i]), table.match_last(steps[i])[0])
     out = torch.zeros(prompts.shape[1], table.dim, dtype=table.dtype)
 
     def ours(ids: I64) -> None:
         table.read_into(ids, out[: len(ids)])
+
+    batch = steps.shape[1]
+    wanted, places = np.empty((2, batch), np.int64)
+    positions = [steps.shape[2] - 1] * batch
+    target = RowTarget.of(out)
+    # of each sequence, the row ids of its tokens so far: the look-up adds that of the newest
+    row_ids: list[list[int]] = [[-1] * positions[0] for _ in range(batch)]
+
+    def our_step(i: int) -> None:
+        num_rows = table.look_up_newest(step_lists[i], row_ids, positions, target, wanted, places)
+        assert num_rows is not None
+        for ids in row_ids:
+            ids.pop()
 
     def theirs(ids: list[int]) -> Tensor:
         return matrix.index_select(0, torch.tensor([row for row in ids if row >= 0], dtype=torch.int64))
@@ -180,7 +195,7 @@ def _measure_lookup(
             "times_faster": round(seconds[name] / seconds["ours"], 2),
         }
 
-    num_tokens, batch = prompts.shape[1], steps.shape[1]
+    num_tokens = prompts.shape[1]
     return {
         "match_prompt": beside(
             "dict",
@@ -205,7 +220,7 @@ def _measure_lookup(
         ),
         "rows_batch": beside(
             "dict_and_matrix",
-            lambda i: ours(table.match_last(steps[i])[0]),
+            our_step,
             lambda i: theirs(rival.match_last(step_lists[i])),
             len(steps),
             batch,

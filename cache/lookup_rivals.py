@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.direct_reader import DirectReader
 from scone.cache.lookup_workload import MAX_N
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import TableFiles
@@ -159,19 +160,23 @@ class LmdbPerProbe:
         width = 4 * fgrams.max_n
         lengths = fgrams.lengths.tolist()
         order = sorted(range(len(fgrams)), key=lambda i: keys[i * width : i * width + 4 * lengths[i]])
-        row_bytes, begin = files.manifest.row_bytes, int(files.block_offsets[0])
+        # In key order the rows lie anywhere: one by one through a mapping, each would be a wait for the disk.
+        reader = DirectReader(files, depth=128)
+        rows = torch.empty(_ROWS_PER_WRITE, files.manifest.dim, dtype=files.manifest.row_codec.torch_dtype)
+        values = rows.view(torch.uint8).numpy()
         draft = path.with_suffix(".partial")
         draft.unlink(missing_ok=True)
-        map_bytes = len(fgrams) * (3 * row_bytes + 4096) + (1 << 30)  # address space, not disk
+        map_bytes = len(fgrams) * (3 * files.manifest.row_bytes + 4096) + (1 << 30)  # address space, not disk
         options = {"subdir": False, "lock": False, "sync": False, "writemap": True}
         with lmdb.open(str(draft), map_size=map_bytes, **options) as env:
             for first in range(0, len(order), _ROWS_PER_WRITE):
+                part = order[first : first + _ROWS_PER_WRITE]
+                reader.read_into(np.array(part, np.int64), 0, len(fgrams), rows[: len(part)])
                 with env.begin(write=True) as txn:
-                    for i in order[first : first + _ROWS_PER_WRITE]:
-                        at = begin + i * row_bytes
-                        key = keys[i * width : i * width + 4 * lengths[i]]
-                        txn.put(key, files.rows[at : at + row_bytes].data, append=True)
+                    for i, value in zip(part, values, strict=False):
+                        txn.put(keys[i * width : i * width + 4 * lengths[i]], value.data, append=True)
             env.sync(True)
+        reader.close()
         os.replace(draft, path)
         return path
 

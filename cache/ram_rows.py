@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.cache.huge_pages import map_memory
 from scone.kernels.gather import CHECK_BYTES, RowMemory
 from scone.model_store.errors import TableError
 from scone.model_store.table_files import TableFiles
@@ -31,6 +32,7 @@ class RamRows:
     """Rows [0, num_loaded) of a table; `num_loaded` grows to `num_rows`. Thread-safe.
 
     Attributes:
+        memory: the rows; only those loaded may be read.
         num_shrinks: rises when rows are given up, before their memory is: whoever has read meanwhile what it
             took to be loaded reads again.
     """
@@ -48,13 +50,9 @@ class RamRows:
         self._row_bytes = files.manifest.row_bytes
         self._num_pages = -(-num_rows * self._row_bytes // CHECK_BYTES)
         num_bytes = min(self._num_pages * CHECK_BYTES, files.manifest.stream_bytes)
-        self._mapping = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            _logger.info("no huge pages for the table's RAM tier (%s): using ordinary ones", error)
-        self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
-        self._memory = RowMemory(
+        self._mapping = map_memory(num_bytes, "the table's RAM tier")
+        self._data: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, num_bytes)
+        self.memory = RowMemory(
             self._data,
             _FIRST_BLOCK,
             num_rows,
@@ -93,7 +91,7 @@ class RamRows:
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         """As RowReader.read_into; [begin, end) must be loaded."""
-        return self._memory.gather(row_ids, begin, end, out, self._num_threads)
+        return self.memory.gather(row_ids, begin, end, out, self._num_threads)
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
         """Whether the tier is full after at most `timeout` seconds; False also if a read failed."""

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import Device, Event, Stream
+from scone.kernels.gather import RowTarget
 
 _ALIGNMENT = 256
 """Where rows may begin: what wide loads of any device want."""
@@ -63,6 +64,7 @@ class Slot:
         self._rows_at = -(-2 * max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
         self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
         self._views: dict[int, _Views] = {}
+        self._host_target: RowTarget | None = None
         self.row_ids = np.full(max_rows, -1, np.int64)
         self.indices = self._memory.host[: 2 * max_rows * 8].view(torch.int64).numpy()
         self.copied: Event = device.event()
@@ -78,6 +80,14 @@ class Slot:
     def host_rows(self) -> Tensor:
         """(num_rows, dim), the host's."""
         return self.views().host_rows
+
+    @property
+    def host_target(self) -> RowTarget:
+        """All of the host's rows, as kernels write them; made once."""
+        if self._host_target is None:
+            rows = self._memory.host[self._rows_at :].view(self._dtype).view(-1, self._dim)
+            self._host_target = RowTarget.of(rows)
+        return self._host_target
 
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
@@ -162,8 +172,14 @@ class StagingRing:
         return slot
 
     def commit(self, slot: Slot, row_ids: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
-        """Queues the copy of a reserved slot, now that rows `row_ids` (num_rows,) are in it; as `fill`."""
+        """Queues the copy of a reserved slot, now that its first rows are `row_ids`; as `fill`.
+
+        Args:
+            row_ids: (n,) int64, at most as many as were reserved.
+        """
         assert slot.state is SlotState.FILLING
+        assert len(row_ids) <= slot.num_rows
+        slot.num_rows = len(row_ids)
         slot.indices[: len(indices)] = indices
         self._queue_copy(slot)
         slot.row_ids[: slot.num_rows] = row_ids  # I4: only now the slot stands for them

@@ -101,7 +101,7 @@ class _NativeReader:
         if rows is None:
             result = self._native.read(*spans)
         else:
-            codec, out = rows.codec, check_out(rows.out, len(rows.out), rows.codec)
+            codec, out = rows.codec, check_out(rows.out, len(rows.out), rows.codec.dim)
             assert len(rows.targets) == 0 or 0 <= rows.targets.min() <= rows.targets.max() < len(rows.out)
             result = self._native.read_and_decode(
                 *spans, rows.offsets, rows.targets, codec.codec_id, codec.dtype_id, codec.dim, *out

@@ -6,7 +6,8 @@ exception and not a dead process) or on its NumPy/torch oracle. Knows bytes and 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ class RowMemory:
 
     Row r lies in block r // rows_per_block, at the (r % rows_per_block)-th place; a flat file is one block.
 
+    Attributes:
+        codec: how a row is stored.
+        num_rows: rows in `data`.
+        native: what the native functions take; None without the extension.
+
     Args:
         data: the bytes; must outlive this object, as must the other arrays.
         block_offsets: where in `data` each block begins, uint64.
@@ -51,11 +57,11 @@ class RowMemory:
         num_ids: int | None = None,
     ) -> None:
         self._data, self._block_offsets, self._page_sums = data, block_offsets, page_sums
-        self._rows_per_block, self._num_rows, self._codec = rows_per_block, num_rows, codec
+        self._rows_per_block, self.num_rows, self.codec = rows_per_block, num_rows, codec
         self._num_ids = num_rows if num_ids is None else num_ids
-        self._native: Any = None
+        self.native: Any = None
         if native is not None:
-            self._native = native.RowMemory(
+            self.native = native.RowMemory(
                 data,
                 block_offsets,
                 rows_per_block,
@@ -83,11 +89,11 @@ class RowMemory:
             IndexError: an id is beyond the table; nothing was written.
             DamagedDataError: a row does not fit its checksum or cannot be read; `out` is then undefined.
         """
-        target = check_out(out, len(row_ids), self._codec)
-        if self._native is None:
+        target = check_out(out, len(row_ids), self.codec.dim)
+        if self.native is None:
             check_ids(row_ids, self._num_ids)
             return self._gather_reference(row_ids, begin, end, out)
-        result: int = self._native.gather(row_ids, begin, end, *target, num_threads)
+        result: int = self.native.gather(row_ids, begin, end, *target, num_threads)
         if result >= 0:
             return result
         if result == _PAGE_FAULT:
@@ -98,16 +104,16 @@ class RowMemory:
 
     def absent(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         """Which of the rows (n,) are in that range and would have to be read from a disk, or may have to."""
-        if self._native is None:
+        if self.native is None:
             return (row_ids >= begin) & (row_ids < end)
         absent = np.zeros(len(row_ids), np.bool_)
-        self._native.absent(row_ids, begin, end, absent)
+        self.native.absent(row_ids, begin, end, absent)
         return absent
 
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Starts reading the rows of that range from their mapped file, all at once; only a hint."""
-        if self._native is not None:
-            self._native.will_need(row_ids, begin, end)
+        if self.native is not None:
+            self.native.will_need(row_ids, begin, end)
 
     def _gather_reference(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         """The oracle: one row after the other."""
@@ -116,21 +122,21 @@ class RowMemory:
             if begin <= row_id < end:
                 self._check_reference(row_id)
                 stored = torch.from_numpy(self._row_bytes(row_id).copy())
-                out[i] = self._codec.decode_reference(stored[None])[0].to(out.dtype)
+                out[i] = self.codec.decode_reference(stored[None])[0].to(out.dtype)
                 num_written += 1
         return num_written
 
     def _row_bytes(self, row_id: int) -> NDArray[np.uint8]:
         block, within = divmod(row_id, self._rows_per_block)
-        size = self._codec.row_bytes
+        size = self.codec.row_bytes
         at = int(self._block_offsets[block]) + within * size
         return self._data[at : at + size]
 
     def _check_reference(self, row_id: int) -> None:
         if self._page_sums is None:
             return
-        size = self._codec.row_bytes
-        stream_bytes = self._num_rows * size
+        size = self.codec.row_bytes
+        stream_bytes = self.num_rows * size
         for page in range(row_id * size // CHECK_BYTES, ((row_id + 1) * size - 1) // CHECK_BYTES + 1):
             begin, end = page * CHECK_BYTES, min((page + 1) * CHECK_BYTES, stream_bytes)
             rows = range(begin // size, (end - 1) // size + 1)
@@ -141,7 +147,7 @@ class RowMemory:
 
 def decode_rows(data: NDArray[np.uint8], offsets: NDArray[np.int64], codec: RowCodec, out: Tensor) -> None:
     """Writes the row stored at data[offsets[i]:] to out[i]; a negative offset leaves out[i] untouched."""
-    target = check_out(out, len(offsets), codec)
+    target = check_out(out, len(offsets), codec.dim)
     if native is not None:
         native.decode_rows(data, offsets, codec.codec_id, codec.dtype_id, codec.dim, *target)
         return
@@ -157,17 +163,39 @@ def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
         raise IndexError(f"row id {largest} is beyond the table's {num_ids} rows")
 
 
-def check_out(out: Tensor, num_rows: int, codec: RowCodec) -> tuple[int, int, int]:
+@dataclass(frozen=True, slots=True)
+class RowTarget:
+    """Where rows go, as the native kernels take it: made once for memory that is written again and again.
+
+    Attributes:
+        rows: (num_rows, dim).
+    """
+
+    rows: Tensor
+    num_rows: int
+    dim: int
+    address: int
+    stride_bytes: int
+    dtype_id: int
+
+    @classmethod
+    def of(cls, out: Tensor) -> Self:
+        """Raises ValueError: `out` cannot take decoded rows."""
+        num_rows, dim = out.shape if out.dim() == 2 else (-1, -1)
+        return cls(out, num_rows, dim, *check_out(out, num_rows, dim))
+
+
+def check_out(out: Tensor, num_rows: int, dim: int) -> tuple[int, int, int]:
     """The address, the bytes from row to row and the dtype of `out`, as the native kernels take them.
 
     Raises:
-        ValueError: `out` cannot take `num_rows` decoded rows.
+        ValueError: `out` cannot take `num_rows` decoded rows of `dim` values.
     """
     stride, values_apart = out.stride() if out.dim() == 2 else (0, 0)
-    if out.shape != (num_rows, codec.dim) or (codec.dim > 1 and values_apart != 1):
+    if out.shape != (num_rows, dim) or (dim > 1 and values_apart != 1):
         raise ValueError(
             f"out has shape {tuple(out.shape)} and strides {out.stride()}, wanted"
-            f" ({num_rows}, {codec.dim}) with the values of a row side by side"
+            f" ({num_rows}, {dim}) with the values of a row side by side"
         )
     dtype_id = DTYPE_IDS.get(out.dtype)
     if dtype_id is None or not out.is_cpu:

@@ -19,7 +19,10 @@ from scone.kernels.extension import native
 MAX_N = 16
 """The longest f-gram the kernels look for; the paper uses 5."""
 
+_NO_FAULT = -1
 _PAGE_FAULT = -2
+FAULTS = -3
+"""Where a native function returns a number of rows: FAULTS - fault, if there is one."""
 _ENDS = np.zeros(2, np.int64)
 
 Matches = tuple[NDArray[np.int64], NDArray[np.int8]]
@@ -47,6 +50,10 @@ class BucketIndex:
 class Matcher:
     """Longest matches against one index. Thread-safe; the native one releases the GIL.
 
+    Attributes:
+        index: what is searched.
+        native: what the native functions take; None without the extension.
+
     Args:
         num_matched: (MAX_N + 1,) int64, to which the positions matched are added by matched length; matchers
             may share it.
@@ -54,10 +61,10 @@ class Matcher:
 
     def __init__(self, index: BucketIndex, num_matched: NDArray[np.int64] | None = None) -> None:
         self._num_matched = np.zeros(MAX_N + 1, np.int64) if num_matched is None else num_matched
-        self._index = index
-        self._native: Any = None
+        self.index = index
+        self.native: Any = None
         if native is not None:
-            self._native = native.Matcher(
+            self.native = native.Matcher(
                 index.buckets.view(np.uint8).reshape(-1),
                 index.num_home_buckets,
                 len(index.buckets),
@@ -82,9 +89,9 @@ class Matcher:
         lengths = np.empty(len(tokens), np.int8)
         if starts is None:
             starts = np.array((0, len(tokens)), np.int64)
-        if self._native is None:
-            return self._counted(match_reference(self._index, tokens, starts))
-        _raise_fault(self._native.match(np.ascontiguousarray(tokens), starts, rows, lengths))
+        if self.native is None:
+            return self._counted(match_reference(self.index, tokens, starts))
+        raise_fault(self.native.match(np.ascontiguousarray(tokens), starts, rows, lengths))
         return rows, lengths
 
     def match_last(self, windows: NDArray[Any]) -> Matches:
@@ -97,15 +104,17 @@ class Matcher:
             DamagedDataError: a bucket does not fit its check bits or cannot be read.
         """
         batch, width = windows.shape
-        if self._native is None:
+        if self.native is None:
             starts = np.arange(batch + 1, dtype=np.int64) * width
             all_rows, all_lengths = match_reference(
-                self._index, windows.reshape(-1), starts, consecutive=False
+                self.index, windows.reshape(-1), starts, consecutive=False
             )
             return self._counted((all_rows[width - 1 :: width], all_lengths[width - 1 :: width]))
         rows = np.empty(batch, np.int64)
         lengths = np.empty(batch, np.int8)
-        _raise_fault(self._native.match_last(windows, rows, lengths))
+        fault = self.native.match_last(windows, rows, lengths)
+        if fault != _NO_FAULT:
+            raise_fault(fault)
         return rows, lengths
 
     def match_newest(
@@ -127,8 +136,8 @@ class Matcher:
         Raises:
             DamagedDataError: a bucket does not fit its check bits or cannot be read; nothing was appended.
         """
-        if self._native is None:
-            width = self._index.max_n
+        if self.native is None:
+            width = self.index.max_n
             windows = [[-1] * (width - len(tokens)) + tokens[-width:] for tokens in sequences]
             found = self.match_last(np.array(windows, np.int64).reshape(len(sequences), width))[0]
             for row_id, its_row_ids in zip(found.tolist(), row_ids, strict=True):
@@ -136,9 +145,10 @@ class Matcher:
             where = np.flatnonzero(found >= 0)
             wanted[: len(where)], places[: len(where)] = found[where], where
             return len(where)
-        num_wanted: int = self._native.match_newest(sequences, row_ids, wanted, places)
+        assert native is not None
+        num_wanted: int = native.match_newest(self.native, sequences, row_ids, wanted, places)
         if num_wanted < 0:
-            _raise_fault(-3 - num_wanted)
+            raise_fault(FAULTS - num_wanted)
         return num_wanted
 
     def _counted(self, matches: Matches) -> Matches:
@@ -193,11 +203,11 @@ def find_reference(
     while len(searching):
         wanted = bucket_ids[searching]
         if np.any(wanted >= len(index.buckets)):
-            _raise_fault(int(wanted.max()))
+            raise_fault(int(wanted.max()))
         buckets = index.buckets[wanted]
         damaged = fgram_hash.bucket_checks(buckets) != buckets["meta"] >> 8
         if np.any(damaged):
-            _raise_fault(int(wanted[damaged][0]))
+            raise_fault(int(wanted[damaged][0]))
         hits = (buckets["fingerprint"] == fingerprints[searching, None]) & (
             buckets["row"] != fgram_hash.EMPTY_ROW
         )
@@ -209,7 +219,8 @@ def find_reference(
     return found
 
 
-def _raise_fault(fault: int) -> None:
+def raise_fault(fault: int) -> None:
+    """Raises DamagedDataError for what a native matcher returned, unless that is no fault."""
     if fault == _PAGE_FAULT:
         raise DamagedDataError("the index cannot be read: its file was truncated or the disk failed")
     if fault >= 0:

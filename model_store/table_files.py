@@ -54,7 +54,8 @@ class TableFiles:
 
     Attributes:
         rows: the bytes of rows.bin or rows.lmdb, header included.
-        rows_path: the file of `rows`; `rows_fd` is the same file, open until `close`.
+        rows_path: the file of `rows`; `rows_fd` is the same file, open as long as `rows` is in use.
+        index_fd: the file of `index`, open likewise.
         block_offsets: where in `rows` each block of `manifest.rows_per_block` rows begins, uint64.
         page_sums: CRC-32C of each CHECK_BYTES of the row stream, uint32.
         index_sums: the same of the buckets.
@@ -66,12 +67,14 @@ class TableFiles:
     rows: NDArray[np.uint8]
     rows_path: Path
     rows_fd: int
+    index_fd: int
     block_offsets: NDArray[np.uint64]
     page_sums: NDArray[np.uint32]
     index_sums: NDArray[np.uint32]
 
     def __post_init__(self) -> None:
         weakref.finalize(self.rows, os.close, self.rows_fd)
+        weakref.finalize(self.index, os.close, self.index_fd)
 
     def read_stream(self, begin: int, out: memoryview) -> None:
         """Reads the row stream (the rows end to end) from byte `begin` on, by pread.
@@ -86,11 +89,12 @@ class TableFiles:
         while done < len(out):
             block, within = divmod(begin + done, block_bytes)
             size = min(len(out) - done, block_bytes - within)
-            piece = out[done : done + size]
-            got = os.preadv(self.rows_fd, [piece], int(self.block_offsets[block]) + within)
-            if got == 0:
-                raise OSError(errno.EIO, "the file ended early")
-            done += got
+            _read_fully(self.rows_fd, out[done : done + size], int(self.block_offsets[block]) + within)
+            done += size
+
+    def read_index(self, begin: int, out: memoryview) -> None:
+        """Reads the buckets' bytes from byte `begin` on; raises OSError as `read_stream`."""
+        _read_fully(self.index_fd, out, HEADER_BYTES + begin)
 
     def read_pages(self, first: int, end: int) -> NDArray[np.uint8]:
         """Pages [first, end) of the row stream, CHECK_BYTES each, the last of the table maybe fewer;
@@ -113,6 +117,15 @@ class TableFiles:
             raise TableError(
                 f"{self.rows_path} is damaged: page {page} of the rows does not fit its checksum"
             )
+
+
+def _read_fully(fd: int, out: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(out):
+        got = os.preadv(fd, [out[done:]], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, "the file ended early")
+        done += got
 
 
 def open_table_files(path: str | os.PathLike[str]) -> TableFiles:
@@ -171,15 +184,16 @@ def _open(table: Path, manifest: TableManifest) -> TableFiles:
     num_index_pages = -(-manifest.num_buckets * BUCKET_DTYPE.itemsize // CHECK_BYTES)
     num_row_pages = -(-manifest.stream_bytes // CHECK_BYTES)
     shape = (manifest.num_home_buckets, manifest.num_buckets, manifest.hash_seed, manifest.fp_bits, num_rows)
-    index = _map(table, INDEX_NAME, manifest, INDEX_MAGIC, shape)
-    sums = _map(table, SUMS_NAME, manifest, SUMS_MAGIC, (num_index_pages, num_row_pages, CHECK_BYTES, 0, 0))
+    index_fd, index = _map(table, INDEX_NAME, manifest, INDEX_MAGIC, shape)
+    sums_shape = (num_index_pages, num_row_pages, CHECK_BYTES, 0, 0)
+    sums = _map_and_close(table, SUMS_NAME, manifest, SUMS_MAGIC, sums_shape)
     if manifest.backend == "lmdb":
         rows_path = table / lmdb_rows.ROWS_NAME
         rows_fd = os.open(rows_path, os.O_RDONLY | os.O_CLOEXEC)
         rows = _map_file(rows_fd)
         num_blocks = -(-num_rows // manifest.rows_per_block)
         wanted = (num_blocks, manifest.rows_per_block, manifest.row_bytes, 0, 0)
-        blocks = _map(table, BLOCKS_NAME, manifest, BLOCKS_MAGIC, wanted)
+        blocks = _map_and_close(table, BLOCKS_NAME, manifest, BLOCKS_MAGIC, wanted)
         block_offsets = blocks[HEADER_BYTES:].view("<u8")
     else:
         rows_path = table / ROWS_NAME
@@ -203,6 +217,7 @@ def _open(table: Path, manifest: TableManifest) -> TableFiles:
         rows=rows,
         rows_path=rows_path,
         rows_fd=rows_fd,
+        index_fd=index_fd,
         block_offsets=block_offsets,
         page_sums=all_sums[num_index_pages:],
         index_sums=all_sums[:num_index_pages],
@@ -221,12 +236,24 @@ def _check_size(path: Path, num_bytes: int) -> None:
 
 def _map(
     table: Path, name: str, manifest: TableManifest, magic: bytes, numbers: tuple[int, ...]
-) -> NDArray[np.uint8]:
-    """Maps a file after comparing its header with the manifest."""
+) -> tuple[int, NDArray[np.uint8]]:
+    """Opens and maps a file after comparing its header with the manifest."""
     path = table / name
-    with open(path, "rb") as file:
-        _check_header(file.read(HEADER_BYTES), path, manifest, magic, numbers)
-        return _map_file(file.fileno())
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_header(os.pread(fd, HEADER_BYTES, 0), path, manifest, magic, numbers)
+        return fd, _map_file(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _map_and_close(
+    table: Path, name: str, manifest: TableManifest, magic: bytes, numbers: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    fd, mapped = _map(table, name, manifest, magic, numbers)
+    os.close(fd)
+    return mapped
 
 
 def _check_header(

@@ -49,7 +49,7 @@ class PlannedTable:
 
     @property
     def num_ram_rows(self) -> int:
-        return self.config.ram_rows(self.num_fgrams, self.codec.row_bytes)
+        return self.config.ram_plan(self.num_fgrams, self.codec.row_bytes, self.size.index).num_rows
 
 
 @dataclass(frozen=True, slots=True)

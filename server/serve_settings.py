@@ -54,8 +54,8 @@ TABLE_SETTINGS = (
     Setting(
         name="ram_bytes",
         kind=parse_budget,
-        help="memory for the table's most frequent rows and for recycled states, as in 4GiB; 0 leaves all"
-        " rows to the page cache (default: auto, 40 % of what is free)",
+        help="memory for the table's index and most frequent rows and for recycled states, as in 4GiB;"
+        " 0 leaves all of the table to the page cache (default: auto, 40 % of what is free)",
     ),
     Setting(
         name="device_bytes",

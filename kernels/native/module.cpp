@@ -8,6 +8,7 @@ void register_crc32c(nb::module_&);
 void register_disk_read(nb::module_&);
 void register_decoder(nb::module_&);
 void register_gather(nb::module_&);
+void register_look_up(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
 void register_read_queue(nb::module_&);
@@ -21,6 +22,7 @@ NB_MODULE(_native, m) {
     scone::register_decoder(m);
     scone::register_gather(m);
     scone::register_match(m);
+    scone::register_look_up(m);
     scone::register_ngram_count(m);
     scone::register_read_queue(m);
     scone::register_state_read(m);

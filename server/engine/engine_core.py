@@ -68,7 +68,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
         )
-        self._sequences = OpenSequences(self.state, tokenizer, config.max_model_len, observer)
+        self._sequences = OpenSequences(self.state, tokenizer, config.max_model_len, observer, self.overlay)
         self._inputs = InputStage(runner, self.overlay, self._sequences)
         self._step_seconds = 0.0  # of the last step, without waiting for rows
 
@@ -212,7 +212,7 @@ class EngineCore:
         scheduler.commit(self.state, chunk)
         if num_new := run.count_prompt_tokens(chunk.seq.num_computed_tokens):
             self.observer.on_prompt_tokens(num_new)
-        if generation.rows is not None and generation.rows.reads:
+        if self._sequences.waits.has_read and generation.rows is not None:
             generation.rows.drop_before(chunk.seq.num_computed_tokens)
         if self.recycler is not None and chunk.start < len(run.request.input_ids):
             self.recycler.keep(generation, chunk, hidden)

@@ -25,6 +25,7 @@ from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
+from scone.kernels.gather import RowTarget
 from scone.server.engine.scheduler import Chunk
 
 CHUNK_TOKENS = 256
@@ -71,6 +72,15 @@ class Table(Protocol):
         wanted: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> int: ...
+    def look_up_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int | None: ...
     def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
     def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
 
@@ -246,6 +256,27 @@ class InputRows:
         places = (found >= 0).nonzero()[0]
         return found[places], places
 
+    def look_up_newest(
+        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: RowTarget
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """`wanted` and `gather` in one for decoding sequences, each asking for the row of its newest token.
+
+        Args:
+            row_ids, token_ids: of each sequence; appends to the former.
+            positions: its input.
+            out: its first rows are written, as many as there are.
+
+        Returns:
+            As `wanted`. None, and nothing was done, if it cannot be done at once (see the table's method).
+
+        Raises:
+            RowReadError: the index is damaged or cannot be read; nothing was appended.
+        """
+        self._make_room(len(row_ids))
+        wanted, places = self._wanted, self._places
+        num_wanted = self.table.look_up_newest(token_ids, row_ids, positions, out, wanted, places)
+        return None if num_wanted is None else (wanted[:num_wanted], places[:num_wanted])
+
     def gather(
         self,
         rows: Rows,
@@ -286,9 +317,12 @@ class InputRows:
 
     def _match_newest(self, row_ids: list[list[int]], token_ids: list[list[int]]) -> int:
         """Of each sequence, the row id of the newest token; those that there are also to _wanted, _places."""
-        if len(self._wanted) < len(row_ids):
-            self._wanted, self._places = np.empty((2, len(row_ids)), np.int64)
+        self._make_room(len(row_ids))
         return self.table.match_newest(token_ids, row_ids, self._wanted, self._places)
+
+    def _make_room(self, num_sequences: int) -> None:
+        if len(self._wanted) < num_sequences:
+            self._wanted, self._places = np.empty((2, num_sequences), np.int64)
 
 
 def _read_ahead(rows: Rows, chunks: Sequence[Chunk]) -> dict[PendingRows, NDArray[np.int64]]:

@@ -103,7 +103,7 @@ class InputStage:
     def embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
         rows = self._rows_of(chunks)
-        if any([r is not None and r.reads for r in rows]):
+        if self._sequences.waits.has_read and any([r is not None and r.reads for r in rows]):
             chunks = self._end_unreadable(chunks, _read_error)
             rows = self._rows_of(chunks)
         while chunks:

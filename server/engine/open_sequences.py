@@ -11,6 +11,7 @@ from scone.server.engine.detokenizer import Detokenizer, TokenBytes
 from scone.server.engine.generation import Generation, RequestRun
 from scone.server.engine.observer import EngineObserver
 from scone.server.engine.recycler import Recycler
+from scone.server.engine.row_overlay import RowOverlay
 from scone.server.engine.row_waits import RowWaits
 from scone.server.engine.sampler import SamplerState
 from scone.server.engine.scheduler import SchedulerState, Status
@@ -29,12 +30,18 @@ class OpenSequences:
     """
 
     def __init__(
-        self, state: SchedulerState, tokenizer: Tokenizer, max_model_len: int, observer: EngineObserver
+        self,
+        state: SchedulerState,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        observer: EngineObserver,
+        overlay: RowOverlay,
     ) -> None:
         self.observer = observer
         self.waits = RowWaits()
         self.recycler: Recycler | None = None
         self._state = state
+        self._overlay = overlay
         self._tokenizer = tokenizer
         self._token_bytes = TokenBytes(tokenizer)
         self._max_model_len = max_model_len
@@ -112,6 +119,7 @@ class OpenSequences:
     def _close(self, generation: Generation, forget: bool) -> None:
         del self.by_seq[generation.seq]
         self.waits.forget(generation)
+        self._overlay.forget_batch()
         if self.recycler is not None:
             self.recycler.forget(generation)
         if generation.rows is not None:

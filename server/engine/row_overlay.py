@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,15 @@ from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
 
 
+class _Batch(NamedTuple):
+    """Sequences that decode together with rows of one source: the lists that they go on filling."""
+
+    source: InputRows
+    rows: Rows
+    row_ids: list[list[int]]
+    token_ids: list[list[int]]
+
+
 class RowOverlay:
     """The engine's one way from rows to the model; holds all memory for it from the start."""
 
@@ -26,6 +36,7 @@ class RowOverlay:
         """For steps of up to `max_num_inputs` inputs, with embeddings (n, dim) of `dtype`."""
         self.device = device
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
+        self._batch: _Batch | None = None
 
     def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         """Replaces the embeddings of inputs that have a row; done when work launched later runs.
@@ -39,12 +50,41 @@ class RowOverlay:
         Raises:
             RowReadError: a row in memory is damaged or gone; nothing may have been laid.
         """
+        if len(chunks) == len(embeddings) and self._lay_newest(rows, chunks, embeddings):
+            return
         sources = {r.source for r in rows if r is not None}
         for source in sources:
             its_rows = rows
             if len(sources) > 1:  # while a table is swapped
                 its_rows = [r if r is not None and r.source is source else None for r in rows]
             self._lay(source, its_rows, chunks, embeddings)
+
+    def forget_batch(self) -> None:
+        """Lets go of the sequences of the last step."""
+        self._batch = None
+
+    def _lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
+        """`lay` of a decode step in few calls; False if it is none, or its rows are not all in memory."""
+        batch = self._batch
+        if batch is None or batch.rows != rows:
+            batch = self._batch = _batch_of(rows, chunks)
+            if batch is None:
+                return False
+        slot = self.ring.reserve(len(chunks))
+        assert slot is not None, "each step gives its slot back"
+        try:
+            positions = [chunk.start for chunk in chunks]
+            found = batch.source.look_up_newest(batch.row_ids, batch.token_ids, positions, slot.host_target)
+            if found is None:
+                return False
+            wanted, places = found
+            if len(wanted):
+                self.ring.commit(slot, wanted, places)
+                staged, device_places = self.ring.use(slot, wanted)
+                self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(wanted)], staged))
+            return True
+        finally:
+            self.ring.release(slot)
 
     def _lay(self, source: InputRows, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         wanted, places = source.wanted(rows, chunks, len(embeddings))
@@ -91,6 +131,16 @@ class RowOverlay:
             self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(ids)], staged))
         finally:
             self.ring.release(slot)
+
+
+def _batch_of(rows: Rows, chunks: Sequence[Chunk]) -> _Batch | None:
+    """None if not all of them have rows of one source."""
+    present = [r for r in rows if r is not None]
+    if len(present) < len(rows) or len({r.source for r in present}) != 1:
+        return None
+    return _Batch(
+        present[0].source, rows, [r.row_ids for r in present], [chunk.seq.token_ids for chunk in chunks]
+    )
 
 
 def staging_device(device: torch.device) -> Device:

@@ -9,9 +9,14 @@ from scone.server.engine.generation import Generation
 
 
 class RowWaits:
-    """The sequences with rows that were not there when last looked."""
+    """The sequences with rows that were not there when last looked.
+
+    Attributes:
+        has_read: whether any sequence has ever had reads under way; never where all rows are in memory.
+    """
 
     def __init__(self) -> None:
+        self.has_read = False
         self._reading: set[Generation] = set()
 
     def note(self, generation: Generation) -> None:
@@ -21,6 +26,8 @@ class RowWaits:
             seq.ready_from, seq.ready_to = 0, sys.maxsize
             return
         seq.ready_from, seq.ready_to = rows.ready_range()
+        if rows.reads:
+            self.has_read = True
         if rows.reads and seq.ready_to != sys.maxsize:
             self._reading.add(generation)
         else:

@@ -391,7 +391,7 @@ def test_impossible_settings_are_named() -> None:
     for wrong in ({"ram_bytes": -1}, {"disk_reader": "tape"}, {"io_depth": 0}, {"num_threads": 0}):
         with pytest.raises(CacheError, match=next(iter(wrong))):
             TableConfig(**wrong)
-    assert 0 < TableConfig(ram_bytes=None).ram_rows(10**18, 1) < available_bytes()
+    assert 0 < TableConfig(ram_bytes=None).ram_plan(10**18, 1, 0).num_rows < available_bytes()
 
 
 def test_the_tightest_cgroup_limit_counts(tmp_path: Path) -> None:

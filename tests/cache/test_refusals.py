@@ -94,7 +94,7 @@ def test_without_huge_pages_the_ram_tier_takes_ordinary_ones(
             super().madvise(option, *rest)
 
     expected = FGramTable.open(table).rows(np.arange(3000))
-    monkeypatch.setattr("scone.cache.ram_rows.mmap.mmap", OrdinaryPages)
+    monkeypatch.setattr("scone.cache.huge_pages.mmap.mmap", OrdinaryPages)
     caplog.set_level(logging.INFO)
     with FGramTable.open(table, TableConfig(ram_bytes=1 << 30)) as resident:
         assert resident.wait_loaded(30)

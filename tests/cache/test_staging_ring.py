@@ -249,11 +249,12 @@ class RingMachine(RuleBasedStateMachine):
             self.reserved.append(slot)
 
     @precondition(lambda self: self.reserved)
-    @rule(first=st.integers(0, 99))
-    def commit(self, first: int) -> None:
+    @rule(first=st.integers(0, 99), num_fewer=st.integers(0, 3))
+    def commit(self, first: int, num_fewer: int) -> None:
+        """Of the rows reserved, only the first may be wanted."""
         slot = self.reserved.pop()
-        ids = np.arange(first, first + slot.num_rows)
-        read_rows(ids, slot.host_rows)
+        ids = np.arange(first, first + max(1, slot.num_rows - num_fewer))
+        read_rows(ids, slot.host_rows[: len(ids)])
         self.ring.commit(slot, ids, ids * 10)
         self.ready.append((slot, ids))
 

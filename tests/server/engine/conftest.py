@@ -20,6 +20,7 @@ from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import SlotState
+from scone.kernels.gather import RowTarget
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
 from scone.server.engine.engine_config import EngineConfig
@@ -71,6 +72,7 @@ class DictTable:
         self.slow: set[int] | None = None
         self.held: set[int] | None = set()
         self.num_read = 0
+        self.num_looked_up = 0
         self.num_cancelled = 0
         self.waits: list[float] = []
 
@@ -110,6 +112,23 @@ class DictTable:
             if its_row_ids[-1] >= 0:
                 wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
                 num_wanted += 1
+        return num_wanted
+
+    def look_up_newest(
+        self,
+        sequences: list[list[int]],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+        wanted: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+    ) -> int | None:
+        ends = [(len(tokens) - 1, len(ids)) for tokens, ids in zip(sequences, row_ids, strict=True)]
+        if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
+            return None
+        num_wanted = self.match_newest(sequences, row_ids, wanted, places)
+        self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
+        self.num_looked_up += num_wanted
         return num_wanted
 
     def tier_of(self, row_ids: np.ndarray[Any, Any]) -> Any:

@@ -19,9 +19,13 @@ PROMPTS = [random_prompt(seed, length) for seed, length in ((1, 60), (2, 5), (3,
 
 
 def answers(make_world: MakeWorld, table: DictTable, device: SimDevice | None) -> list[Any]:
-    """Tokens of a few requests; long prompts go through in small chunks, several of them in flight."""
+    """Tokens of a few requests; long prompts go through in small chunks, several of them in flight.
+
+    What is generated is of the ids that f-grams are made of.
+    """
     world = make_world(table, device, max_num_batched_tokens=8, max_num_seqs=4)
-    outcomes = [world.add(prompt, max_tokens=6, n=n) for prompt, n in zip(PROMPTS, (1, 2, 1, 1), strict=True)]
+    params: dict[str, Any] = {"max_tokens": 8, "allowed_token_ids": tuple(range(3, 12))}
+    outcomes = [world.add(prompt, n=n, **params) for prompt, n in zip(PROMPTS, (1, 2, 1, 1), strict=True)]
     world.run()
     return [
         (d.token_ids, d.finish_reason)
@@ -39,7 +43,10 @@ def test_a_late_device_gives_the_same_tokens(
     expected = answers(make_world, dict_table, None)
     for seed in range(NUM_SEEDS):
         device = SimDevice(seed)
+        num_before = dict_table.num_looked_up
         assert answers(make_world, dict_table, device) == expected
+        # in one call where all is in memory
+        assert (dict_table.num_looked_up > num_before) == (slow == set())
         assert device.usage.copied_bytes > 50 * 4 * dict_table.dim
 
 

@@ -1,0 +1,134 @@
+// The look-up of a decode step: which f-gram ends at the newest token of each sequence, and its row, in one call.
+//
+// Sequences come as the lists of token ids that an engine keeps: arrays to carry them would cost more than the
+// match. All of it has left the processor's caches since the step before, lists and integers too: what is needed
+// is asked for on the way, one level of pointers for all sequences at a time.
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "arrays.hpp"
+#include "match.hpp"
+#include "row_memory.hpp"
+
+namespace nb = nanobind;
+
+namespace scone {
+
+constexpr int64_t kNotNewest = -1;  // some sequence's input is not its newest token, or was matched before
+constexpr int64_t kElsewhere = -2;  // some row is not in this memory
+constexpr int64_t kFaults = -3;     // kFaults - fault: the index is damaged; see Matcher
+
+struct NewestMatches {
+    std::vector<int64_t> rows;
+    int64_t fault;
+};
+
+static Py_ssize_t checked_batch(nb::list sequences, nb::list row_ids, const Out1<int64_t>& wanted,
+                                const Out1<int64_t>& places) {
+    Py_ssize_t batch = PyList_GET_SIZE(sequences.ptr());
+    if (PyList_GET_SIZE(row_ids.ptr()) != batch)
+        throw std::invalid_argument("there are not as many lists of row ids as of token ids");
+    if (Py_ssize_t(wanted.size()) < batch || Py_ssize_t(places.size()) < batch)
+        throw std::invalid_argument("wanted or places is shorter than the batch");
+    for (nb::list lists : {sequences, row_ids})
+        for (Py_ssize_t i = 0; i < batch; i++) __builtin_prefetch(PyList_GET_ITEM(lists.ptr(), i));
+    for (Py_ssize_t i = 0; i < batch; i++) {
+        PyObject *tokens = PyList_GET_ITEM(sequences.ptr(), i), *ids = PyList_GET_ITEM(row_ids.ptr(), i);
+        if (!PyList_Check(tokens) || !PyList_Check(ids))
+            throw nb::type_error("the token ids and the row ids of a sequence must be lists");
+        __builtin_prefetch(&reinterpret_cast<PyListObject*>(tokens)->ob_item[PyList_GET_SIZE(tokens) - 1]);
+        __builtin_prefetch(&reinterpret_cast<PyListObject*>(ids)->ob_item[PyList_GET_SIZE(ids)], 1);
+    }
+    return batch;
+}
+
+static NewestMatches match_lists(const Matcher& matcher, nb::list sequences, Py_ssize_t batch) {
+    Py_ssize_t width = matcher.max_n();
+    for (Py_ssize_t i = 0; i < batch; i++) {
+        PyObject* tokens = PyList_GET_ITEM(sequences.ptr(), i);
+        Py_ssize_t size = PyList_GET_SIZE(tokens);
+        for (Py_ssize_t k = std::max<Py_ssize_t>(0, size - width); k < size; k++)
+            __builtin_prefetch(PyList_GET_ITEM(tokens, k));
+    }
+    std::vector<int64_t> windows(size_t(batch * width), -1);
+    std::vector<int8_t> lengths(static_cast<size_t>(batch));
+    NewestMatches found{std::vector<int64_t>(static_cast<size_t>(batch)), 0};
+    for (Py_ssize_t i = 0; i < batch; i++) {
+        PyObject* tokens = PyList_GET_ITEM(sequences.ptr(), i);
+        Py_ssize_t size = PyList_GET_SIZE(tokens), num = std::min(size, width);
+        int64_t* window = &windows[size_t((i + 1) * width - num)];
+        for (Py_ssize_t k = 0; k < num; k++) {
+            window[k] = PyLong_AsLongLong(PyList_GET_ITEM(tokens, size - num + k));
+            if (window[k] == -1 && PyErr_Occurred()) throw nb::python_error();
+        }
+    }
+    found.fault = matcher.match_windows(windows.data(), batch, found.rows.data(), lengths.data());
+    return found;
+}
+
+// Appends each sequence's row id to its list; those that are rows go to `wanted` as well, and whose they are to
+// `places`. Returns how many these are.
+static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, const Out1<int64_t>& wanted,
+                           const Out1<int64_t>& places) {
+    int64_t num_wanted = 0;
+    for (size_t i = 0; i < rows.size(); i++) {
+        nb::object id = nb::steal(PyLong_FromLongLong(rows[i]));
+        if (!id.is_valid() || PyList_Append(PyList_GET_ITEM(row_ids.ptr(), Py_ssize_t(i)), id.ptr()) != 0)
+            throw nb::python_error();
+        if (rows[i] < 0) continue;
+        wanted.data()[num_wanted] = rows[i];
+        places.data()[num_wanted++] = int64_t(i);
+    }
+    return num_wanted;
+}
+
+// Returns the number of rows, or kFaults - fault; then nothing was appended.
+static int64_t match_newest(const Matcher& matcher, nb::list sequences, nb::list row_ids, Out1<int64_t> wanted,
+                            Out1<int64_t> places) {
+    Py_ssize_t batch = checked_batch(sequences, row_ids, wanted, places);
+    NewestMatches found = match_lists(matcher, sequences, batch);
+    if (found.fault != kNoFault) return kFaults - found.fault;
+    return append_rows(found.rows, row_ids, wanted, places);
+}
+
+// The same, and row wanted[k] to row k of `out`, for inputs positions[i] of the sequences. Returns the number of
+// rows, or kNotNewest, kElsewhere or kFaults - fault; then nothing was appended or written.
+static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::list sequences, nb::list row_ids,
+                              nb::list positions, uintptr_t out, int64_t out_stride_bytes, int out_type,
+                              Out1<int64_t> wanted, Out1<int64_t> places) {
+    Py_ssize_t batch = checked_batch(sequences, row_ids, wanted, places);
+    if (PyList_GET_SIZE(positions.ptr()) != batch) throw std::invalid_argument("positions is not as long as sequences");
+    for (Py_ssize_t i = 0; i < batch; i++) {
+        long long position = PyLong_AsLongLong(PyList_GET_ITEM(positions.ptr(), i));
+        if (position == -1 && PyErr_Occurred()) throw nb::python_error();
+        if (position + 1 != PyList_GET_SIZE(PyList_GET_ITEM(sequences.ptr(), i)) ||
+            position != PyList_GET_SIZE(PyList_GET_ITEM(row_ids.ptr(), i)))
+            return kNotNewest;
+    }
+    NewestMatches found = match_lists(matcher, sequences, batch);
+    if (found.fault != kNoFault) return kFaults - found.fault;
+    for (int64_t row : found.rows)
+        if (row >= memory.num_rows()) return kElsewhere;
+    for (int64_t row : found.rows)
+        if (row >= 0) memory.ask_for_row(row);
+    int64_t num_wanted = append_rows(found.rows, row_ids, wanted, places);
+    RowMemory::Target target{reinterpret_cast<uint8_t*>(out), out_stride_bytes, FloatType(out_type)};
+    memory.gather(wanted.data(), num_wanted, 0, memory.num_rows(), target, 1);
+    return num_wanted;
+}
+
+void register_look_up(nb::module_& m) {
+    m.def("match_newest", &match_newest, nb::arg("matcher"), nb::arg("sequences").noconvert(),
+          nb::arg("row_ids").noconvert(), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
+    m.def("look_up_newest", &look_up_newest, nb::arg("matcher"), nb::arg("memory"),
+          nb::arg("sequences").noconvert(), nb::arg("row_ids").noconvert(), nb::arg("positions").noconvert(),
+          nb::arg("out"), nb::arg("out_stride_bytes"), nb::arg("out_type"), nb::arg("wanted").noconvert(),
+          nb::arg("places").noconvert());
+}
+
+}  // namespace scone
