@@ -43,6 +43,7 @@ class StudyConfig:
         small_set, large_set: f-grams; the most frequent ones.
         thin_layers, deep_layers: layers of the two f-gram models, of the small model's width.
         num_tokens: training tokens of each run.
+        fgram_learning_rate: of f-gram models: the main model has to follow where their rows move.
         num_seeds: of the main rows; the others are trained once.
     """
 
@@ -60,6 +61,7 @@ class StudyConfig:
     batch_size: int = 16
     seq_len: int = 192
     learning_rate: float = 1.5e-3
+    fgram_learning_rate: float = 3e-4
     precision: str = "float32"
     heldout_tokens: int = 49_152
     num_seeds: int = 3
@@ -189,8 +191,8 @@ class Study:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             main_learning_rate=config.learning_rate,
-            learning_rate=config.learning_rate,
-            output_learning_rate=config.learning_rate,
+            learning_rate=config.fgram_learning_rate,
+            output_learning_rate=config.fgram_learning_rate,
             schedule="cosine",
             precision=config.precision,
             warmup_steps=max(1, steps // 20),
