@@ -80,14 +80,14 @@ def arms_of(config: TuningConfig) -> list[TuningArm]:
     return [
         TuningArm(name="fgrams", fgram_layers=layers, is_main=True),
         TuningArm(name="control", fgram_layers=layers, last_token_only=True, is_main=True),
+        TuningArm(name="lora", lora_rank=config.lora_rank),
+        TuningArm(name="base"),
         TuningArm(name="main-fgrams", fgram_layers=layers, trains_main=True),
         TuningArm(name="main-control", fgram_layers=layers, last_token_only=True, trains_main=True),
         TuningArm(name="fgrams-small-set", fgram_layers=layers, has_small_set=True),
         TuningArm(name="fgrams-deep", fgram_layers=config.deep_layers),
         TuningArm(name="fgrams-thin", fgram_layers=config.thin_layers),
-        TuningArm(name="lora", lora_rank=config.lora_rank),
         TuningArm(name="main", trains_main=True),
-        TuningArm(name="base"),
     ]
 
 
