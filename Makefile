@@ -157,6 +157,6 @@ $(DEMO_GGUF): | $(VENV)/.run
 	@$(BIN)/python -m scone.model_store.fetch_demo $@
 
 $(DEMO_TABLE)/manifest.json: $(wildcard $(DEMO_MODEL)/*) model_store/FORMAT.md | $(DEMO_GGUF)
-	@echo "==> building the demo table (a minute or two)"
+	@echo "==> building the demo table (some minutes)"
 	@rm -rf $(DEMO_TABLE) # of an older checkpoint or format
 	@$(BIN)/scone build --model $(DEMO_MODEL) --fgrams $(wildcard $(DEMO_MODEL)/*.fgrams) --backend mmap --codec raw --out $(DEMO_TABLE)

@@ -73,6 +73,12 @@ def read_logs(logs: Path) -> list[LoggedRun]:
     return runs
 
 
+def unfinished_lines(runs: list[LoggedRun]) -> list[str]:
+    """Names the runs that no table has."""
+    unfinished = sorted(run.name for run in runs if not run.is_finished)
+    return ["", f"Not finished, and in no figure above: {', '.join(unfinished)}."] if unfinished else []
+
+
 def finished_arms(runs: list[LoggedRun]) -> dict[str, ArmResult]:
     """The finished runs by row."""
     finished: dict[str, list[LoggedRun]] = defaultdict(list)
@@ -102,9 +108,7 @@ def write_report(logs: Path, document: Path, command: str) -> None:
     if trend := _trend(results):
         (logs / TREND).write_text(trend)
         lines += ["", f"![perplexity by set size]({place}/{TREND})"]
-    unfinished = sorted(run.name for run in runs if not run.is_finished)
-    if unfinished:
-        lines += ["", f"Not finished, and in no figure above: {', '.join(unfinished)}."]
+    lines += unfinished_lines(runs)
     document.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -163,7 +167,9 @@ def _findings(results: dict[str, ArmResult]) -> list[str]:
     compare("S-large-set-deep", "S-small-set-deep", "A larger set against a smaller one, deep f-gram model")
     compare("S-large-set-thin", "S-small-set-thin", "A larger set against a smaller one, thin f-gram model")
     compare("S-large-set-deep", "S-large-set-thin", "A deeper f-gram model against a thinner one, large set")
-    compare("S-kronecker", "S", "Kronecker embeddings against a dense table")
+    # where S shares its embedding with its head, a row of its own has a dense one beside it
+    dense = "S-untied" if "S-untied" in results else "S"
+    compare("S-kronecker", dense, "Kronecker embeddings against a dense table")
     if "M" in results and "S" in results:
         factor = results["M"].facts["inference_parameters"] / results["S"].facts["inference_parameters"]
         lines.append(f"- M takes {factor:.2f} times the FLOPs of S.")

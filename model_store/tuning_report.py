@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from scone.model_store.curve_picture import draw_curves
-from scone.model_store.study_report import ArmResult, LoggedRun, finished_arms, read_logs
+from scone.model_store.study_report import ArmResult, LoggedRun, finished_arms, read_logs, unfinished_lines
 
 CURVES = "curves.svg"
 
@@ -45,6 +45,7 @@ def write_tuning_report(logs: Path, document: Path, command: str) -> None:
         for ours, theirs, what in _QUESTIONS
         if ours in results and theirs in results
     ]
+    lines += unfinished_lines(runs)
     document.write_text("\n".join(lines).rstrip() + "\n")
 
 
