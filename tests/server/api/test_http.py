@@ -27,7 +27,7 @@ def test_unknown_route_and_method(server: Any) -> None:
 
 @pytest.mark.parametrize(
     ("path", "methods"),
-    [("/admin/recycled", "DELETE, GET"), ("/v1/completions", "POST"), ("/v1/models/any", "GET")],
+    [("/admin/recycled", "DELETE, GET, PATCH"), ("/v1/completions", "POST"), ("/v1/models/any", "GET")],
 )
 def test_a_refused_method_is_told_which_are_allowed(server: Any, path: str, methods: str) -> None:
     response = server.client.options(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ def resident_bytes() -> int:
 
 
 def test_pages_are_there_before_their_use_and_keep_what_is_in_them() -> None:
-    memory = torch.from_numpy(np.zeros(64 << 20, np.uint8))
+    memory = torch.frombuffer(mmap.mmap(-1, 64 << 20), dtype=torch.uint8)  # never memory that was used before
     memory[5_000_000] = 7
     before = resident_bytes()
     pages = CachePages(memory[3:])
