@@ -65,7 +65,7 @@ def identity(
 ) -> Path:
     """A checkpoint whose f-gram model has not been trained."""
     folder = tmp_path_factory.mktemp("identity")
-    model = FGramModel.from_decoder(decoder, num_layers=2, max_n=4)
+    model = FGramModel.from_decoder(decoder, num_layers=2, max_n=5)
     save_scone_folder(folder, model, main_path=smollm2_path, main_hash=shipped.model_hash)
     return folder
 
