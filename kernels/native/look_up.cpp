@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
 #include <stdexcept>
 #include <vector>
 
@@ -41,8 +41,9 @@ static Py_ssize_t checked_batch(nb::list sequences, nb::list row_ids, const Out1
         PyObject *tokens = PyList_GET_ITEM(sequences.ptr(), i), *ids = PyList_GET_ITEM(row_ids.ptr(), i);
         if (!PyList_Check(tokens) || !PyList_Check(ids))
             throw nb::type_error("the token ids and the row ids of a sequence must be lists");
-        __builtin_prefetch(&reinterpret_cast<PyListObject*>(tokens)->ob_item[PyList_GET_SIZE(tokens) - 1]);
-        __builtin_prefetch(&reinterpret_cast<PyListObject*>(ids)->ob_item[PyList_GET_SIZE(ids)], 1);
+        for (PyObject* list : {tokens, ids})
+            if (Py_ssize_t size = PyList_GET_SIZE(list); size > 0)
+                __builtin_prefetch(&reinterpret_cast<PyListObject*>(list)->ob_item[size - 1]);
     }
     return batch;
 }
