@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from scone.model_store.count import count_fgrams
 from scone.model_store.decoder import CausalAttention, Decoder
@@ -56,6 +56,15 @@ def fgrams() -> FGramSet:
     return count_fgrams(patterned_corpus(0), max_n=3, min_count=5, top=400, tokenizer_hash="")
 
 
+class EndingStream(TokenStream):
+    """Whoever reads step 15 is told to end."""
+
+    def sample_windows(self, batch_size: int, seq_len: int, seed: tuple[int, int]) -> NDArray[np.int32]:
+        if seed[1] == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().sample_windows(batch_size, seq_len, seed)
+
+
 def stream(seed: int) -> TokenStream:
     return TokenStream(patterned_corpus(seed).tokens)
 
@@ -77,8 +86,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     tiny_decoder: Decoder, fgrams: FGramSet, tmp_path: Path
 ) -> None:
     whole = train(CONFIG, tiny_decoder, fgrams, stream(0), stream(1), tmp_path / "whole")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    train(CONFIG, tiny_decoder, fgrams, stream(0), stream(1), tmp_path / "parts")
+    train(CONFIG, tiny_decoder, fgrams, EndingStream(stream(0).input_ids), stream(1), tmp_path / "parts")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")[:2]  # of steps 0 and 10
     resumed = train(CONFIG, tiny_decoder, fgrams, stream(0), stream(1), tmp_path / "parts")
     assert whole is not None
     assert resumed is not None
