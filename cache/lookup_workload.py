@@ -106,18 +106,18 @@ def drop_from_page_cache(path: Path) -> None:
 
 def resident_share(path: Path) -> float:
     """The share of a file's pages that are in the page cache (mincore)."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
         num_pages = -(-len(mapping) // mmap.PAGESIZE)
         flags = np.zeros(num_pages, np.uint8)
-        start = ctypes.c_char.from_buffer(mapping)
+        view = np.frombuffer(mapping, np.uint8)  # of memory that may not be written to
         try:
-            address = ctypes.c_void_p(ctypes.addressof(start))
+            address = ctypes.c_void_p(view.ctypes.data)
             size = ctypes.c_size_t(len(mapping))
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.mincore(address, size, flags.ctypes.data_as(ctypes.c_char_p)) != 0:
                 raise OSError(ctypes.get_errno(), "mincore failed", str(path))
         finally:
-            del start
+            del view  # else the mapping could not be closed
     return float((flags & 1).mean())
 
 
