@@ -151,7 +151,8 @@ class ModelRunner:
     def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange = ALL_LAYERS) -> Tensor:
         """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`.
 
-        Those after the last of `layers`, as they are; after all layers, normalised.
+        Those after the last of `layers`, as they are; after all layers, normalised. Of each chunk only the
+        last `num_wanted` are sure to be there.
         """
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
         return self._forward.forward(
@@ -228,6 +229,7 @@ class ModelRunner:
             context_lens=torch.tensor(contexts, dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
             slots=torch.tensor(slots, device=self.device),
+            num_wanted=torch.tensor([c.num_wanted for c in chunks], dtype=torch.int32),
         )
 
 
