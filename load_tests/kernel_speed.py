@@ -4,8 +4,9 @@ Runs the layers and the head alone, without scheduler, sampler or HTTP: decode s
 prefill of one prompt, and the same where all its hidden states are asked for, for each quantisation and each
 instruction set that the processor has. The head is asked for greedy tokens, as most steps do. Times are the
 least and the median over rounds in which all of them take turns; layers and head follow each other, so that
-neither finds its weights in the caches unless both fit. `gflops` counts two operations a weight of the maps used; `gbs` the bytes of their packed weights, which
-a step of few sequences reads once. The last line is one JSON object.
+neither finds its weights in the caches unless both fit. `gflops` counts two operations a weight of the maps
+used; `gbs` the bytes of their packed weights, which a step of few sequences reads once. The last line is one
+JSON object.
 
 What the machine itself can do is measured beside: a large float32 product and the sum of a large array, by
 torch with as many threads.

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "decoder_kernels.hpp"
@@ -48,18 +50,17 @@ public:
         if (counts) {
             collect(cut_for(how.top_k));
             keep_first(how.top_k);
-            total = sum();
+            total = weight_from(-kInfinity);
         } else {
             total = weigh_all(-kInfinity);
         }
-        if (how.top_p < 1.0) {
-            const auto limit = std::max<int64_t>(1, int64_t(std::ceil(how.top_p * double(total))));
-            if (!counts) collect_weight(limit);
-            candidates_.resize(reach(limit - 1));
-        }
-        const auto is_rare = [&](const Candidate& c) { return c.value < floor; };
-        candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), is_rare), candidates_.end());
-        return candidates_[reach(target(how.number, sum())) - 1].token;
+        const auto limit = std::max<int64_t>(1, int64_t(std::ceil(how.top_p * double(total))));
+        if (!counts) collect_weight(limit);
+        arrange();
+        if (how.top_p < 1.0) total = reach(limit - 1).weight;
+        // What is left are the first candidates in any case: those of the lesser weight.
+        total = std::min(total, weight_from(floor));
+        return reach(target(how.number, total)).token;
     }
 
     // The log-probability of one token; NaN where the row is not finite. The greatest ones go to `top`
@@ -88,7 +89,12 @@ private:
         return a.value > b.value || (a.value == b.value && a.token < b.token);
     }
 
-    static constexpr int kChunk = kSampledChunk;
+    struct Reached {
+        int token;
+        int64_t weight;  // of all candidates up to it
+    };
+
+    static constexpr int kChunk = kSampledChunk, kBins = 1024;
     static constexpr float kInfinity = std::numeric_limits<float>::infinity();
     static constexpr double kOne = double(int64_t(1) << 44);  // the greatest one's weight
     static constexpr float kWeightless = 32.0f;               // e^-32 is less than 2^-45
@@ -170,9 +176,9 @@ private:
 
     // Candidates are those with the greatest values, at least so many that they weigh that much.
     void collect_weight(int64_t weight) {
-        for (float depth = kWeightless / 16; depth <= kWeightless; depth *= 2) {
+        for (float depth = kWeightless / 16; depth <= kWeightless; depth *= 4) {
             collect(highest_ - depth);
-            if (sum() >= weight) return;
+            if (weight_from(-kInfinity) >= weight) return;
         }
     }
 
@@ -192,30 +198,52 @@ private:
         candidates_.resize(count);
     }
 
-    int64_t sum() const {
+    // Of candidates with values of at least `floor`.
+    int64_t weight_from(float floor) const {
         int64_t total = 0;
-        for (const Candidate& candidate : candidates_) total += candidate.weight;
+        for (const Candidate& candidate : candidates_)
+            if (candidate.value >= floor) total += candidate.weight;
         return total;
     }
 
-    // The least n for which the first n candidates weigh more than `target`, or their number; puts these first,
-    // and of them the last one last. Takes linear time: a flat distribution has candidates by the ten thousand.
-    size_t reach(int64_t target) {
-        size_t low = 0, high = candidates_.size();
+    static int bin_of(float depth) { return std::min(kBins - 1, int(depth * (kBins / kWeightless))); }
+
+    // Sorts the candidates by bins of their value, greatest first, so that `reach` need look at one bin.
+    void arrange() {
+        std::fill(ends_, ends_ + kBins, 0);
+        std::fill(bin_weights_, bin_weights_ + kBins, 0);
+        for (const Candidate& c : candidates_) {
+            const int bin = bin_of(highest_ - c.value);
+            ++ends_[bin];
+            bin_weights_[bin] += c.weight;
+        }
+        for (int bin = 0, begin = 0; bin < kBins; ++bin) begin += std::exchange(ends_[bin], begin);
+        arranged_.resize(candidates_.size());
+        for (const Candidate& c : candidates_) arranged_[ends_[bin_of(highest_ - c.value)]++] = c;
+        candidates_.swap(arranged_);
+    }
+
+    // The first candidate, in order, that makes them weigh more than `target` together, and what they weigh. Takes
+    // linear time at worst, where equal logits by the ten thousand share a bin.
+    Reached reach(int64_t target) {
+        int64_t before = 0;
+        int bin = 0;
+        while (before + bin_weights_[bin] <= target) before += bin_weights_[bin++];
+        size_t low = bin == 0 ? 0 : ends_[bin - 1], high = ends_[bin];
         while (high - low > 1) {
             const size_t middle = (low + high) / 2;
             const auto begin = candidates_.begin();
             std::nth_element(begin + low, begin + middle, begin + high, comes_first);
             int64_t weight = 0;
             for (size_t i = low; i < middle; ++i) weight += candidates_[i].weight;
-            if (target < weight) {
+            if (target < before + weight) {
                 high = middle;
             } else {
-                target -= weight;
+                before += weight;
                 low = middle;
             }
         }
-        return high;
+        return {candidates_[low].token, before + candidates_[low].weight};
     }
 
     const DecoderKernels* kernels_;
@@ -224,7 +252,9 @@ private:
     float temperature_ = 1.0f, greatest_ = 0.0f, highest_ = 0.0f, floor_ = 0.0f;  // highest_ of the values
     std::vector<float> maxima_, order_;  // of each chunk
     std::vector<int64_t> sums_;
-    std::vector<Candidate> candidates_;
+    std::vector<Candidate> candidates_, arranged_;
+    int ends_[kBins];
+    int64_t bin_weights_[kBins];
     float padded_[kChunk];
     int64_t weights_[kChunk];
 };
