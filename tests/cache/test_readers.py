@@ -113,10 +113,10 @@ def test_rows_are_right_while_the_ram_tier_fills(
     monkeypatch.setattr("scone.cache.ram_rows._PAGES_PER_READ", 8)
     monkeypatch.setattr("scone.model_store.table_files.TableFiles.read_stream", read_when_let)
     with FGramTable.open(tables["mmap", "raw"], TableConfig(ram_bytes=1 << 30)) as table:
-        assert not table.ram_loaded
+        assert not table.wait_loaded(0)
         expected = FGramTable.open(tables["mmap", "raw"]).rows(np.arange(table.num_fgrams))
         seen = set()
-        while not table.ram_loaded:
+        while not table.wait_loaded(0):
             assert torch.equal(table.rows(np.arange(table.num_fgrams)), expected)
             seen.add(len(table.tiers))
             gate.release()
