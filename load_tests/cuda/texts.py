@@ -51,3 +51,7 @@ class TextFollower(ModelRunner):
         logits = super().logits(hidden)
         tokens = torch.tensor(self._next).to(logits.device, non_blocking=True)
         return logits.scatter_(1, tokens[:, None], 1e4)
+
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        values, token_ids = self.logits(hidden).max(dim=-1)  # as the forward passes that it is mixed into
+        return token_ids, values
