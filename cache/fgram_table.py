@@ -140,10 +140,6 @@ class FGramTable:
         """The device tier, if there is one: the model reads its rows there."""
         return self._row_tiers.on_device
 
-    @property
-    def num_device_rows(self) -> int:
-        return self._row_tiers.num_on_device
-
     def load_device_rows(self, device: Device) -> None:
         """Fills the device tier, if `device_bytes` asks for one; raises CacheError where there is no device.
 

@@ -34,6 +34,7 @@ from scone.cache.recycled_record import Record, id_bytes, state_key
 from scone.cache.recycled_shard import RecycledShard
 from scone.cache.recycled_stats import RecycledStats
 from scone.cache.state_worth import Worth
+from tests.cache.damage import flip_bit
 
 BUDGET = 64 << 20
 BYTES = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8)
@@ -376,24 +377,12 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         target = Record.make(name, b"ids", rng.integers(0, 256, 30_000, np.uint8))
         disk.write([(target, worth())])
         begin = int(rng.integers(0, 16_000))
-        assert flip(tmp_path, target.payload[begin : begin + 64].tobytes())
+        assert flip_bit(tmp_path, target.payload[begin : begin + 64].tobytes())
         found = disk.read(name, None)
         assert found is not None
         assert (found[0].payload != target.payload).sum() == 1
         assert found[0].fault(b"ids") == "checksum"
     disk.close()
-
-
-def flip(folder: Path, needle: bytes) -> bool:
-    """Flips a bit of the first byte of what is to be found in one of the files."""
-    for file in folder.glob("shard-*.lmdb"):
-        position = file.read_bytes().find(needle)
-        if position >= 0:
-            with file.open("r+b") as raw:
-                raw.seek(position)
-                raw.write(bytes([needle[0] ^ 4]))
-            return True
-    return False
 
 
 def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
