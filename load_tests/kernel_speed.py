@@ -120,6 +120,19 @@ def seconds(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
     return times
 
 
+def measure(
+    benches: dict[tuple[str, str], Bench], rounds: int
+) -> dict[tuple[str, str, Step, str], list[float]]:
+    """Seconds by quantisation, instruction set, step and piece."""
+    pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
+    times: dict[tuple[str, str, Step, str], list[float]] = {}
+    for _ in range(rounds):
+        for place, calls in pieces.items():
+            for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
+                times.setdefault((*place, piece), []).extend(taken)
+    return times
+
+
 def machine_speed(rounds: int) -> dict[str, float]:
     """Best of some rounds: float32 GFLOP/s of a product, GB/s of reading 256 MB."""
     a, many = torch.randn(1024, 1024), torch.ones(64 << 20)
@@ -139,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     decoder = open_checkpoint(arguments.model).decoder()
-    times: dict[tuple[str, str, Step, str], list[float]] = {}
     with torch.inference_mode():
         caches = caches_for(decoder)
         benches = {
@@ -147,11 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for quantization in arguments.quantization
             for name in arguments.instruction_sets
         }
-        pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
-        for _ in range(arguments.rounds):
-            for place, calls in pieces.items():
-                for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
-                    times.setdefault((*place, piece), []).extend(taken)
+        times = measure(benches, arguments.rounds)
     results = []
     for (quantization, name, step, piece), taken in times.items():
         bench = benches[quantization, name]
