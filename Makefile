@@ -80,7 +80,7 @@ in-place: links # the package as it lies here, its native kernels built for PYTH
 test-cuda: in-place ## check what needs a GPU, with PYTHON, which brings torch for CUDA, Triton and pytest (OPTIONS: pytest's)
 	$(IN_PLACE) -m pytest -q -m gpu -k 'not interpreted and not compile_for' $(OPTIONS) $(CUDA_TESTS)
 
-bench-cuda: in-place ## measure decoding and prefill on a GPU (minutes), with PYTHON (OPTIONS: see load_tests/cuda.py)
+bench-cuda: in-place ## measure decoding and prefill on a GPU (minutes), with PYTHON (OPTIONS: see load_tests/cuda)
 	$(IN_PLACE) -m load_tests.cuda --work build/cuda $(if $(wildcard $(DEMO_GGUF)),--model $(DEMO_GGUF)) $(OPTIONS)
 
 test-ray: $(VENV)/.test links ## count and embed on Ray Data and compare with the local path (installs Ray, minutes)

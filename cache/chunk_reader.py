@@ -3,8 +3,7 @@
 A page fault in the map would wait for the disk with the interpreter's lock held, and stop every thread; and
 asked for a value, LMDB's binding touches each of its pages. So LMDB is asked for the entry, which names the
 pages; they are read with system calls, straight to where they are wanted, chunks that follow each other
-together. Whoever calls holds a snapshot: no page of it is used again
-meanwhile.
+together. Whoever calls holds a snapshot: no page of it is used again meanwhile.
 """
 
 from __future__ import annotations

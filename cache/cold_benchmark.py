@@ -27,7 +27,7 @@ from scone.cache.fgram_table import FGramTable
 from scone.cache.lookup_rivals import EngramRows, LmdbPerProbe, MemmapRows, TorchFileRows
 from scone.cache.lookup_workload import drop_from_page_cache, resident_share
 from scone.cache.table_config import TableConfig
-from scone.kernels.disk_read import open_span_reader
+from scone.kernels.disk_read import Spans, open_span_reader
 from scone.kernels.gather import CHECK_BYTES
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
@@ -76,7 +76,7 @@ class BareLoop:
 
     def read(self, i: int) -> None:
         offsets, sizes = self._spans[i]
-        self._reader.read(offsets, sizes, np.cumsum(sizes) - sizes, self._buffer)
+        self._reader.read(Spans(offsets, sizes, np.cumsum(sizes) - sizes), self._buffer)
 
     def close(self) -> None:
         os.close(self._fd)

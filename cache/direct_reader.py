@@ -20,7 +20,7 @@ from scone.cache.errors import RowReadError
 from scone.cache.queued_rows import RowQueue
 from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
-from scone.kernels.disk_read import RowsOut, SpanReader, open_span_reader
+from scone.kernels.disk_read import RowsOut, SpanReader, Spans, open_span_reader
 from scone.kernels.gather import CHECK_BYTES, check_ids
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
@@ -41,8 +41,8 @@ class DirectReader:
         self._files = files
         self._codec = files.manifest.row_codec
         self._fd = _open_direct(files)
-        self._spans: SpanReader = open_span_reader(self._fd, depth)
-        if self._spans.name != "io_uring":
+        self._reader: SpanReader = open_span_reader(self._fd, depth)
+        if self._reader.name != "io_uring":
             _logger.info("io_uring is not available: reading %s with threads", files.rows_path)
         self._buffers: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class DirectReader:
     @property
     def method(self) -> str:
         """`io_uring` or `pread`."""
-        return self._spans.name
+        return self._reader.name
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         check_ids(row_ids, self._files.manifest.num_fgrams)
@@ -95,14 +95,9 @@ class DirectReader:
         counts = np.diff(np.append(starts, len(pages)))
         sums = np.empty(len(pages), np.uint32)
         try:
-            self._spans.read(
-                pages[starts] * CHECK_BYTES + HEADER_BYTES,
-                counts * CHECK_BYTES,
-                starts * CHECK_BYTES,
-                buffer,
-                sums,
-                rows,
-            )
+            offsets = pages[starts] * CHECK_BYTES + HEADER_BYTES
+            spans = Spans(offsets, counts * CHECK_BYTES, starts * CHECK_BYTES)
+            self._reader.read(spans, buffer, sums, rows)
         except OSError as error:
             raise RowReadError(f"cannot read {self._files.rows_path}: {error.strerror}") from None
         wrong = sums != self._files.page_sums[pages]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -17,44 +16,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import CpuDevice, Device
+from scone.cache.device import Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.direct_reader import DirectReader
-from scone.cache.errors import CacheError, RowReadError
-from scone.cache.memory_budget import MemoryBudget, Share
 from scone.cache.queued_rows import RowQueue
-from scone.cache.ram_index import RamIndex
 from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader, RowReader
 from scone.cache.row_share import RowShare
+from scone.cache.row_tiers import RowTiers, Tier
 from scone.cache.row_worth import RowWorth
 from scone.cache.stats import TableStats
-from scone.cache.table_config import INDEX, TableConfig
+from scone.cache.table_config import TableConfig
+from scone.cache.table_index import TableIndex
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.gather import RowTarget
 from scone.kernels.look_up import look_up_newest
-from scone.kernels.match import BucketIndex, Matcher, Matches
+from scone.kernels.match import Matches
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
 
 Ids = Sequence[int] | NDArray[Any] | Tensor
 _TOKEN_DTYPES = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
-
-
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """A range of rows that are read in one way; `num_bytes` are those of the stored rows."""
-
-    name: str
-    reader: str
-    begin: int
-    end: int
-    num_bytes: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.end - self.begin
 
 
 class FGramTable:
@@ -75,19 +58,13 @@ class FGramTable:
         device_bytes: int = 0,
     ) -> None:
         """Use `open`."""
-        self.device_rows: DeviceRows | None = None
-        self._device_bytes = device_bytes
         self.stats = stats or TableStats()
-        self._matcher = Matcher(files.index, self.stats.num_matched)
         self._files = files
-        self._disk = disk
-        self._ram = ram
-        self._ram_index: RamIndex | None = None
-        self._shares: list[RowShare | Share] = []
         self._num_rows = files.manifest.num_fgrams
-        self._row_bytes = files.manifest.row_bytes
-        self._only_disk = ((disk, 0, self._num_rows),)
-        self._only_ram = () if ram is None else ((ram, 0, self._num_rows),)
+        self._index = TableIndex(files, self.stats)
+        self._row_tiers = RowTiers(files, disk, ram, self.stats)
+        self._row_share: RowShare | None = None
+        self._device_bytes = device_bytes
 
     @classmethod
     def open(
@@ -117,22 +94,10 @@ class FGramTable:
         ram = RamRows(files, plan.num_rows, config.num_threads) if plan.num_rows else None
         table = cls(files, disk, ram, stats, config.device_bytes)
         if plan.holds_index:
-            table._load_index(config.memory, index_bytes)
+            table._index.load(config.memory)
         if ram is not None and config.memory is not None:
-            table._shares.append(RowShare(config.memory, ram, RowWorth(manifest, table.stats)))
+            table._row_share = RowShare(config.memory, ram, RowWorth(manifest, table.stats))
         return table
-
-    def _load_index(self, memory: MemoryBudget | None, num_bytes: int) -> None:
-        """Has the index copied into memory, if somebody else has not been faster to take it."""
-        if memory is not None:
-            share = memory.join(INDEX)
-            self._shares.append(share)
-            if not share.reserve(num_bytes, 0.0):
-                return
-        self._ram_index = RamIndex(self._files, self._match_in)
-
-    def _match_in(self, index: BucketIndex) -> None:
-        self._matcher = Matcher(index, self.stats.num_matched)
 
     @property
     def manifest(self) -> TableManifest:
@@ -157,66 +122,43 @@ class FGramTable:
         return self.manifest.max_n
 
     @property
-    def closed(self) -> bool:
-        """Whether the prefix and the suffix of every f-gram are in the table too."""
-        return self.manifest.closed
-
-    @property
     def tiers(self) -> tuple[Tier, ...]:
         """As they are now, the fastest first; none is empty."""
-        num_device_rows = self.num_device_rows
-        plan: list[tuple[DeviceRows | RamRows | RowReader, int, int]] = [
-            (reader, max(begin, num_device_rows), end) for reader, begin, end in self._plan()
-        ]
-        if self.device_rows is not None:
-            plan.insert(0, (self.device_rows, 0, num_device_rows))
-        return tuple(
-            Tier(reader.tier, reader.name, begin, end, (end - begin) * self._row_bytes)
-            for reader, begin, end in plan
-            if begin < end
-        )
-
-    @property
-    def num_device_rows(self) -> int:
-        return 0 if self.device_rows is None else self.device_rows.num_rows
-
-    def count_device_rows(self, num_rows: int) -> None:
-        """Notes that the device gathered so many of its rows."""
-        self.stats.add_device_rows(num_rows, num_rows * self._row_bytes)
-
-    def load_device_rows(self, device: Device) -> None:
-        """Fills the device tier, if `device_bytes` asks for one; raises CacheError where there is no device.
-
-        The model reads those rows there. `read_into` goes on reading all rows from memory or disk.
-        """
-        num_rows = min(self.num_fgrams, self._device_bytes // self._row_bytes)
-        if self._device_bytes and isinstance(device, CpuDevice):
-            raise CacheError(
-                f"device_bytes is {self._device_bytes}, but the model runs on the CPU, whose memory"
-                " ram_bytes gives out: leave device_bytes at 0"
-            )
-        if num_rows:
-            try:
-                self.device_rows = DeviceRows(device, self._files, num_rows)
-            except OSError as error:
-                raise CacheError(f"cannot read the rows of {self._files.path}: {error}") from None
+        return self._row_tiers.now
 
     @property
     def tier_names(self) -> tuple[str, ...]:
         """Every tier that rows may have been read from: the disk too, until the RAM tier is full."""
-        names = ("disk",) if self._ram is None else ("ram", "disk")
-        return names if self.device_rows is None else ("device", *names)
+        return self._row_tiers.names
+
+    def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
+        """The name of the tier of each row, "" where the id is -1."""
+        return self._row_tiers.tier_of(_row_id_array(row_ids))
 
     @property
-    def ram_loaded(self) -> bool:
-        """Whether the RAM tier holds all the rows it was given room for."""
-        return self._ram is None or self._ram.num_loaded == self._ram.num_rows
+    def device_rows(self) -> DeviceRows | None:
+        """The device tier, if there is one: the model reads its rows there."""
+        return self._row_tiers.on_device
+
+    def load_device_rows(self, device: Device) -> None:
+        """Fills the device tier, if `device_bytes` asks for one; raises CacheError where there is no device.
+
+        `read_into` goes on reading all rows from memory or disk.
+        """
+        self._row_tiers.load_device_rows(device, self._device_bytes)
+
+    def count_device_rows(self, num_rows: int) -> None:
+        """Notes that the device gathered so many of its rows."""
+        self.stats.add_device_rows(num_rows, num_rows * self.manifest.row_bytes)
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
-        """Waits until index and RAM tier are in memory or their loading failed; returns `ram_loaded`."""
-        if self._ram_index is not None:
-            self._ram_index.wait_loaded(timeout)
-        return self._ram is None or self._ram.wait_loaded(timeout)
+        """Waits until index and RAM tier are in memory or their loading failed.
+
+        Returns:
+            Whether the RAM tier holds all the rows it was given room for.
+        """
+        self._index.wait_loaded(timeout)
+        return self._row_tiers.wait_loaded(timeout)
 
     @property
     def mapped_bytes(self) -> int:
@@ -251,10 +193,7 @@ class FGramTable:
         Raises:
             RowReadError: the index is damaged or cannot be read.
         """
-        try:
-            return self._matcher.match(_token_array(input_ids))
-        except DamagedDataError as error:
-            raise self._index_error(error) from None
+        return self._index.match(_token_array(input_ids))
 
     def match_last(self, windows: NDArray[Any] | Tensor) -> Matches:
         """The longest f-gram that ends at the last position of each window.
@@ -269,10 +208,7 @@ class FGramTable:
         Raises:
             RowReadError: the index is damaged or cannot be read.
         """
-        try:
-            return self._matcher.match_last(_token_array(windows))
-        except DamagedDataError as error:
-            raise self._index_error(error) from None
+        return self._index.match_last(_token_array(windows))
 
     def match_newest(
         self,
@@ -293,10 +229,7 @@ class FGramTable:
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
         """
-        try:
-            return self._matcher.match_newest(sequences, row_ids, wanted, places)
-        except DamagedDataError as error:
-            raise self._index_error(error) from None
+        return self._index.match_newest(sequences, row_ids, wanted, places)
 
     def look_up_newest(
         self,
@@ -320,8 +253,8 @@ class FGramTable:
         Raises:
             RowReadError: as `match_newest`.
         """
-        ram = self._ram
-        if ram is None or self.device_rows is not None:
+        ram = self._row_tiers.ram
+        if ram is None or self._row_tiers.on_device is not None:
             return None
         num_shrinks = ram.num_shrinks
         if ram.num_loaded != self._num_rows:
@@ -329,14 +262,13 @@ class FGramTable:
         started = time.perf_counter()
         try:
             num_wanted = look_up_newest(
-                self._matcher, ram.memory, sequences, row_ids, positions, out, wanted, places
+                self._index.matcher, ram.memory, sequences, row_ids, positions, out, wanted, places
             )
         except DamagedDataError as error:
-            raise self._index_error(error) from None
+            raise self._index.read_error(error) from None
         if num_wanted:
             if ram.num_shrinks == num_shrinks:
-                seconds = time.perf_counter() - started
-                self.stats.add_read(ram.tier, num_wanted, num_wanted * self._row_bytes, seconds)
+                self._row_tiers.count_read(ram.tier, num_wanted, time.perf_counter() - started)
             else:  # rows may have been given up before they were copied
                 self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
         return num_wanted
@@ -359,75 +291,37 @@ class FGramTable:
             IndexError: an id is beyond the table; nothing was written.
             RowReadError: a row cannot be read or is damaged; `out` is then undefined.
         """
-        ids = _row_id_array(row_ids)
-        ram = self._ram
-        while True:
-            num_shrinks = 0 if ram is None else ram.num_shrinks
-            for reader, begin, end in self._plan():
-                started = time.perf_counter()
-                num_rows = reader.read_into(ids, begin, end, out)
-                if num_rows:
-                    seconds = time.perf_counter() - started
-                    self.stats.add_read(reader.tier, num_rows, num_rows * self._row_bytes, seconds)
-            if ram is None or ram.num_shrinks == num_shrinks:
-                return  # else rows may have been given up before they were read
+        self._row_tiers.read_into(_row_id_array(row_ids), out)
 
     @property
     def never_waits(self) -> bool:
         """Whether every row is in memory, here or on the device."""
-        return max(self._ram.num_loaded if self._ram else 0, self.num_device_rows) == self._num_rows
+        return self._row_tiers.all_in_memory
 
     def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
-        ids = _row_id_array(row_ids)
-        if self.never_waits:
-            return np.zeros(len(ids), np.bool_)
-        first = max(self._ram.num_loaded if self._ram else 0, self.num_device_rows)
-        return self._disk.may_wait(ids, first, self.num_fgrams)
+        return self._row_tiers.may_wait(_row_id_array(row_ids))
 
     def will_need(self, row_ids: NDArray[np.int64]) -> None:
         """Asks the disk for rows (n,) that are about to be read one after the other."""
-        self._disk.will_need(row_ids, self._ram.num_loaded if self._ram else 0, self._num_rows)
+        self._row_tiers.will_need(row_ids)
 
     def open_queue(self) -> RowQueue | None:
         """For one thread: a few rows at a time without a thread between; None where there is no way."""
-        return self._disk.open_queue(self.stats)
-
-    def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
-        """The name of the tier of each row, "" where the id is -1."""
-        ids = _row_id_array(row_ids)
-        tiers = self.tiers
-        names = np.array(["", *(tier.name for tier in tiers)])
-        begins = np.array([tier.begin for tier in tiers])
-        return names[np.where(ids < 0, 0, np.searchsorted(begins, ids, side="right"))]
+        return self._row_tiers.open_queue()
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
-        if self._ram_index is not None:
-            self._ram_index.close()
-        for share in self._shares:
-            share.leave()
-        if self._ram is not None:
-            self._ram.close()
-        self._disk.close()
+        self._index.close()
+        if self._row_share is not None:
+            self._row_share.leave()
+        self._row_tiers.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _plan(self) -> Sequence[tuple[RamRows | RowReader, int, int]]:
-        """Who reads which rows: the RAM tier what it has loaded, the disk the rest."""
-        if self._ram is None:
-            return self._only_disk
-        num_ram_rows = self._ram.num_loaded
-        if num_ram_rows == self._num_rows:
-            return self._only_ram
-        return ((self._ram, 0, num_ram_rows), (self._disk, num_ram_rows, self._num_rows))
-
-    def _index_error(self, error: DamagedDataError) -> RowReadError:
-        return RowReadError(f"{self._files.path}: {error}; check the table with `scone verify`")
 
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:

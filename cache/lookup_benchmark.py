@@ -231,8 +231,8 @@ def _measure_lookup(
 def _matrix_of(table: FGramTable) -> tuple[Tensor, str]:
     """All rows as one tensor, and whose memory it is."""
     if table.num_fgrams * table.manifest.row_bytes > _MAX_MATRIX_BYTES:
-        assert table._ram is not None
-        matrix = torch.from_numpy(table._ram._data).view(table.dtype)
+        assert table._row_tiers.ram is not None
+        matrix = torch.from_numpy(table._row_tiers.ram._data).view(table.dtype)
         return matrix.view(-1, table.dim), "the RAM tier's, huge pages included: no room for a second copy"
     return table.rows(np.arange(table.num_fgrams)), "torch's"
 

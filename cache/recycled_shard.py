@@ -8,28 +8,17 @@ two transactions later, and not while an older snapshot is being read.
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import numpy as np
 
-from scone.cache.chunk_reader import ChunkReader, page_of
-from scone.cache.recycled_layout import (
-    LEAST_CHUNK_BYTES,
-    PAGE_BYTES,
-    Entry,
-    chunk_key,
-    cut,
-    name_in_order_key,
-    num_pages,
-    order_key,
-    score_in_order_key,
-)
-from scone.cache.recycled_record import Bytes, Record, kind_of, state_key
+from scone.cache.chunk_reader import ChunkReader
+from scone.cache.recycled_layout import PAGE_BYTES, Entry, num_pages
+from scone.cache.recycled_record import Bytes, Record, state_key
 from scone.cache.recycled_stats import KINDS, Kind
+from scone.cache.shard_states import NUM_DATABASES, ShardStates
 from scone.cache.state_worth import Worth
 
 logger = logging.getLogger(__name__)
@@ -42,11 +31,6 @@ _MAX_DELETED = 32
 _COPIED_SHARE = 64
 """Of a file, what is in memory at a time when it is copied, but one state at least."""
 _MAX_WASTED_SHARE = 0.25
-_NUM_META_PAGES = 2
-_CLOCK = b"clock"
-_CLOCK_VALUE = struct.Struct("<d")
-_USAGE = struct.Struct("<QQ")
-_NEXT_ID = b"next"
 
 DAMAGE = (
     lmdb.CorruptedError,
@@ -88,7 +72,7 @@ class RecycledShard:
             sync=syncs,
             readahead=False,
             max_readers=MAX_READERS,
-            max_dbs=4,
+            max_dbs=NUM_DATABASES,
         )
         self.map_bytes = map_bytes
         self._offered = 0.0  # what the file's clock does not know of yet
@@ -96,10 +80,7 @@ class RecycledShard:
             if path.stat().st_size < (self._env.info()["last_pgno"] + 1) * PAGE_BYTES:
                 raise lmdb.CorruptedError(f"{path} was cut short")
             self.forget_killed_readers()
-            self._entries = self._env.open_db(b"entries")
-            self._order = self._env.open_db(b"order")
-            self._chunks = self._env.open_db(b"chunks")
-            self._counts = self._env.open_db(b"counts")
+            self._states = ShardStates(self._env)
             self._reader = ChunkReader(path)
         except BaseException:
             self._env.close()
@@ -119,13 +100,13 @@ class RecycledShard:
 
     def held(self, names: Iterable[bytes]) -> list[bool]:
         with self._env.begin(buffers=True) as txn:
-            return [txn.get(name, db=self._entries) is not None for name in names]
+            return [self._states.entry(txn, name) is not None for name in names]
 
     def will_need(self, names: Iterable[bytes]) -> None:
         """Has the kernel read the payloads of those that are there ahead; does not wait for them."""
         with self._env.begin(buffers=True) as txn:
             for name in names:
-                value = txn.get(name, db=self._entries)
+                value = self._states.entry(txn, name)
                 if value is not None:
                     self._reader.will_need(self._entry(value))
 
@@ -136,7 +117,7 @@ class RecycledShard:
         being used again.
         """
         with self._env.begin(buffers=True) as txn:
-            value = txn.get(name, db=self._entries)
+            value = self._states.entry(txn, name)
             if value is None:
                 return None
             entry = self._entry(value)
@@ -195,9 +176,7 @@ class RecycledShard:
             with self._env.begin(write=True) as txn:
                 clock = self._clock(txn)
                 for name, number in uses.items():
-                    value = txn.get(name, db=self._entries)
-                    if value is not None:
-                        self._touch(txn, name, Entry.from_bytes(value), number, clock)
+                    self._states.touch(txn, name, number, clock)
         except lmdb.MapFullError:
             return  # uses are not worth an eviction
 
@@ -207,13 +186,13 @@ class RecycledShard:
         while waiting:
             part, waiting = waiting[:_MAX_DELETED], waiting[_MAX_DELETED:]
             with self._env.begin(write=True) as txn:
-                num_deleted += sum(self._delete(txn, name) for name in part)
+                num_deleted += sum(self._states.delete(txn, name) for name in part)
         return num_deleted
 
     def clear(self, kind: Kind) -> int:
         """Deletes all states of a kind; returns how many."""
         with self._env.begin() as txn:
-            names = list(txn.cursor(self._entries).iternext(values=False))
+            names = self._states.names(txn)
         return self.delete(name for name in names if name.startswith(state_key(kind, b"")))
 
     def trim(self, evicted: list[bytes]) -> bool:
@@ -223,12 +202,12 @@ class RecycledShard:
     def used_bytes(self) -> int:
         """Of all pages in use."""
         with self._env.begin() as txn:
-            return self._used_pages(txn) * PAGE_BYTES
+            return self._states.used_pages(txn) * PAGE_BYTES
 
     def usage(self) -> dict[Kind, tuple[int, int]]:
         """Entries and payload bytes by kind."""
         with self._env.begin() as txn:
-            return {kind: self._usage(txn, kind) for kind in KINDS}
+            return {kind: self._states.usage(txn, kind) for kind in KINDS}
 
     def copy_to(self, path: Path, map_bytes: int) -> None:
         """Makes a file with the same states, as many as it has room for, in the order of their writing.
@@ -238,7 +217,9 @@ class RecycledShard:
         copy = RecycledShard(path, map_bytes, syncs=False)
         try:
             with self._env.begin(buffers=True) as txn:
-                entries = [(bytes(name), self._entry(value)) for name, value in txn.cursor(self._entries)]
+                entries = [
+                    (bytes(name), self._entry(value)) for name, value in txn.cursor(self._states.entries)
+                ]
                 copy._offered = self._clock(txn)
             entries.sort(key=lambda named: -named[1].state_id)
             while entries:
@@ -267,7 +248,9 @@ class RecycledShard:
         """Evicts states of a score under `below` until `pages` are free beside the slack."""
         while True:
             with self._env.begin() as txn:
-                missing = self._used_pages(txn) + slack_pages(self.map_bytes) + pages - self.limit_pages
+                missing = (
+                    self._states.used_pages(txn) + slack_pages(self.map_bytes) + pages - self.limit_pages
+                )
             if missing <= 0:
                 return True
             try:
@@ -280,17 +263,16 @@ class RecycledShard:
         """One transaction of deletions, least score first; returns how many."""
         gone: list[bytes] = []
         with self._env.begin(write=True) as txn:
-            enough = self._used_pages(txn) - pages
+            enough = self._states.used_pages(txn) - pages
             for _ in range(_MAX_DELETED):
-                cursor = txn.cursor(self._order)
-                if self._used_pages(txn) <= enough or not cursor.first():
+                if self._states.used_pages(txn) <= enough or (lowest := self._states.lowest(txn)) is None:
                     break
-                key = cursor.key()
-                if score_in_order_key(key) >= below:
+                name, score = lowest
+                if score >= below:
                     break
-                if not self._delete(txn, name_in_order_key(key)):
+                if not self._states.delete(txn, name):
                     raise lmdb.CorruptedError(f"{self.path} ranks a state that it does not have")
-                gone.append(name_in_order_key(key))
+                gone.append(name)
         evicted += gone
         return len(gone)
 
@@ -301,7 +283,7 @@ class RecycledShard:
             except lmdb.MapFullError:
                 # Pages are free, but a snapshot still has them, or no four of them lie together.
                 with self._env.begin() as txn:
-                    free = self.limit_pages - self._used_pages(txn)
+                    free = self.limit_pages - self._states.used_pages(txn)
                 if attempt and free < self.limit_pages * _MAX_WASTED_SHARE + 3 * need:
                     self._make_room(3 * need, float("inf"), evicted)
                 self._advance()
@@ -314,89 +296,22 @@ class RecycledShard:
         with self._env.begin(write=True, buffers=True) as txn:
             for rated in records:
                 if rated is not None:
-                    self._put(txn, *rated)
-            txn.put(_CLOCK, _CLOCK_VALUE.pack(self._clock(txn)), db=self._counts)
+                    self._states.put(txn, *rated)
+            self._states.set_clock(txn, self._clock(txn))
         self._offered = 0.0
 
-    def _clock(self, txn: Any) -> float:
+    def _clock(self, txn: lmdb.Transaction) -> float:
         """How often the file could have been filled by what was offered to it, written or refused."""
-        turnovers: float = _CLOCK_VALUE.unpack(txn.get(_CLOCK, bytes(_CLOCK_VALUE.size), self._counts))[0]
-        return turnovers + self._offered
+        return self._states.clock(txn) + self._offered
 
     def _advance(self) -> None:
         """A transaction or two: what was freed before them can be used after them."""
         for _ in range(2):
             try:
                 with self._env.begin(write=True) as txn:
-                    txn.put(_NEXT_ID, self._next_id(txn).to_bytes(8, "little"), db=self._counts)
+                    self._states.rewrite(txn)
             except lmdb.MapFullError:
                 return
-
-    def _put(self, txn: Any, record: Record, worth: Worth) -> None:
-        """In a transaction with buffers."""
-        if txn.get(record.name, db=self._entries) is not None:
-            return  # another process was faster
-        state_id = self._next_id(txn)
-        txn.put(_NEXT_ID, (state_id + 1).to_bytes(8, "little"), db=self._counts)
-        pieces, pages = cut(record.num_bytes), list[int]()
-        for chunk, (begin, end) in enumerate(pieces.bounds):
-            key = chunk_key(state_id, chunk)
-            part = record.part(begin, end)
-            if len(part) < LEAST_CHUNK_BYTES:
-                part = bytes(part).ljust(LEAST_CHUNK_BYTES, b"\0")
-            txn.put(key, part, db=self._chunks, append=True)
-            pages.append(page_of(txn.get(key, db=self._chunks)))
-        entry = Entry(
-            state_id,
-            len(record.ids),
-            record.payload.nbytes,
-            record.crc,
-            worth,
-            np.array(pages, np.uint32),
-            bytes(record.part(record.num_bytes - pieces.tail_bytes, record.num_bytes)),
-        )
-        txn.put(record.name, entry.to_bytes(), db=self._entries)
-        txn.put(order_key(worth.score, record.name), b"", db=self._order)
-        self._count(txn, kind_of(record.name), 1, record.payload.nbytes)
-
-    def _delete(self, txn: Any, name: bytes) -> bool:
-        value = txn.pop(name, db=self._entries)
-        if value is None:
-            return False
-        entry = Entry.from_bytes(value)
-        txn.delete(order_key(entry.worth.score, name), db=self._order)
-        for chunk in range(len(entry.pages)):
-            if not txn.delete(chunk_key(entry.state_id, chunk), db=self._chunks):
-                break
-        self._count(txn, kind_of(name), -1, -entry.num_payload_bytes)
-        return True
-
-    def _touch(self, txn: Any, name: bytes, entry: Entry, number: int, clock: float) -> None:
-        worth = entry.worth
-        for _ in range(number):
-            worth = worth.used(clock).limited(clock)
-        txn.delete(order_key(entry.worth.score, name), db=self._order)
-        txn.put(order_key(worth.score, name), b"", db=self._order)
-        txn.put(name, entry.rated(worth).to_bytes(), db=self._entries)
-
-    def _next_id(self, txn: Any) -> int:
-        return int.from_bytes(txn.get(_NEXT_ID, bytes(8), self._counts), "little")
-
-    def _usage(self, txn: Any, kind: Kind) -> tuple[int, int]:
-        entries, num_bytes = _USAGE.unpack(txn.get(kind.encode(), bytes(_USAGE.size), self._counts))
-        return entries, num_bytes
-
-    def _count(self, txn: Any, kind: Kind, entries: int, num_bytes: int) -> None:
-        counted = self._usage(txn, kind)
-        now = _USAGE.pack(max(0, counted[0] + entries), max(0, counted[1] + num_bytes))
-        txn.put(kind.encode(), now, db=self._counts)
-
-    def _used_pages(self, txn: Any) -> int:
-        pages = _NUM_META_PAGES + 1
-        for database in (self._entries, self._order, self._chunks, self._counts):
-            stat = txn.stat(database)
-            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-        return int(pages)
 
 
 def _map_size(path: Path, map_bytes: int) -> int:

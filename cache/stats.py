@@ -31,7 +31,6 @@ class TierReads:
         num_within: reads by index of the smallest of READ_SECONDS_BUCKETS that is not exceeded.
     """
 
-    num_reads: int = 0
     num_rows: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
@@ -85,7 +84,6 @@ class TableStats:
             for _ in range(len(self._unfolded)):
                 tier, num_rows, num_bytes, seconds = self._unfolded.popleft()
                 reads = self._by_tier[tier]
-                reads.num_reads += 1
                 reads.num_within[bisect_left(READ_SECONDS_BUCKETS, seconds)] += 1
                 reads.num_rows += num_rows
                 reads.num_bytes += num_bytes

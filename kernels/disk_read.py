@@ -26,6 +26,14 @@ PAGE_BYTES = 4096
 """One checksum covers this much of what is read."""
 
 
+class Spans(NamedTuple):
+    """Byte ranges of a file: sizes[i] bytes at offsets[i], which go to places[i] of a buffer; each (n,)."""
+
+    offsets: I64
+    sizes: I64
+    places: I64
+
+
 class RowsOut(NamedTuple):
     """Rows to be decoded out of what is read.
 
@@ -40,6 +48,12 @@ class RowsOut(NamedTuple):
     codec: RowCodec
     out: Tensor
 
+    def decode(self, buffer: NDArray[np.uint8]) -> None:
+        """All of them, once everything is in `buffer`."""
+        offsets = np.full(len(self.out), -1, np.int64)
+        offsets[self.targets] = self.offsets
+        decode_rows(buffer, offsets, self.codec, self.out)
+
 
 class SpanReader(Protocol):
     """Reads byte ranges of one file. Thread-safe."""
@@ -47,15 +61,9 @@ class SpanReader(Protocol):
     name: str
 
     def read(
-        self,
-        offsets: I64,
-        sizes: I64,
-        places: I64,
-        buffer: NDArray[np.uint8],
-        sums: Sums | None = None,
-        rows: RowsOut | None = None,
+        self, spans: Spans, buffer: NDArray[np.uint8], sums: Sums | None = None, rows: RowsOut | None = None
     ) -> None:
-        """Reads sizes[i] bytes at offsets[i] of the file to buffer[places[i]:]; returns when all are there.
+        """Reads the spans into `buffer`; returns when all are there.
 
         Args:
             sums: takes the CRC-32C of each PAGE_BYTES of `buffer` that were read; `places` are then multiples
@@ -89,22 +97,16 @@ class _NativeReader:
         self._native: Any = native.SpanReader(fd, depth, use_uring)
 
     def read(
-        self,
-        offsets: I64,
-        sizes: I64,
-        places: I64,
-        buffer: NDArray[np.uint8],
-        sums: Sums | None = None,
-        rows: RowsOut | None = None,
+        self, spans: Spans, buffer: NDArray[np.uint8], sums: Sums | None = None, rows: RowsOut | None = None
     ) -> None:
-        spans = (offsets, sizes, places, buffer.ctypes.data, buffer.nbytes, sums)
+        where = (*spans, buffer.ctypes.data, buffer.nbytes, sums)
         if rows is None:
-            result = self._native.read(*spans)
+            result = self._native.read(*where)
         else:
             codec, out = rows.codec, check_out(rows.out, len(rows.out), rows.codec.dim)
             assert len(rows.targets) == 0 or 0 <= rows.targets.min() <= rows.targets.max() < len(rows.out)
             result = self._native.read_and_decode(
-                *spans, rows.offsets, rows.targets, codec.codec_id, codec.dtype_id, codec.dim, *out
+                *where, rows.offsets, rows.targets, codec.codec_id, codec.dtype_id, codec.dim, *out
             )
         if result == self._short_read:
             raise _short_read()
@@ -119,24 +121,16 @@ class _SerialReader:
         self._fd = fd
 
     def read(
-        self,
-        offsets: I64,
-        sizes: I64,
-        places: I64,
-        buffer: NDArray[np.uint8],
-        sums: Sums | None = None,
-        rows: RowsOut | None = None,
+        self, spans: Spans, buffer: NDArray[np.uint8], sums: Sums | None = None, rows: RowsOut | None = None
     ) -> None:
-        for offset, size, place in zip(offsets.tolist(), sizes.tolist(), places.tolist(), strict=True):
+        for offset, size, place in zip(*(numbers.tolist() for numbers in spans), strict=True):
             if os.preadv(self._fd, [buffer.data[place : place + size]], offset) != size:
                 raise _short_read()
             if sums is not None:
                 found = crc32c_pages(buffer[place : place + size], PAGE_BYTES)
                 sums[place // PAGE_BYTES : place // PAGE_BYTES + len(found)] = found
         if rows is not None:
-            offsets = np.full(len(rows.out), -1, np.int64)
-            offsets[rows.targets] = rows.offsets
-            decode_rows(buffer, offsets, rows.codec, rows.out)
+            rows.decode(buffer)
 
 
 def _short_read() -> OSError:

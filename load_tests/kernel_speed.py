@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from scone.kernels.packed_linear import INSTRUCTION_SETS
 from scone.kernels.paged_attention import PagedBatch
@@ -55,27 +56,41 @@ STEPS = (
     Step("decode 1", 1, 1, 64),
     Step("decode 8", 8, 1, 64),
     Step("decode 32", 32, 1, 64),
+    Step("decode 32 after 1500", 32, 1, 1501),
     Step("prefill 512", 1, 512, 512),
+    Step("prefill 512 after 1500", 1, 512, 2012),
     Step("score 512", 1, 512, 512, num_wanted=512),
 )
 
 
-class Bench:
-    """One packed model and a cache for the largest step."""
+def caches_for(decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Keys and values, as many as the largest step has; their values do not matter."""
+    shape = decoder.config
+    blocks = max(step.num_seqs * -(-step.context_len // BLOCK_SIZE) for step in STEPS)
+    size = (shape.num_layers, blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+    return torch.zeros(size), torch.zeros(size)
 
-    def __init__(self, decoder: Decoder, quantization: Any, instruction_set: str, num_threads: int) -> None:
+
+class Bench:
+    """One packed model; all of them use the same caches."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        caches: tuple[Tensor, Tensor],
+        quantization: Any,
+        instruction_set: str,
+        num_threads: int,
+    ) -> None:
         longest = max(step.context_len for step in STEPS)
         self.forward = NativeForward(
             decoder, quantization, num_threads, longest, instruction_set=instruction_set
         )
-        shape = decoder.config
         maps = [p.numel() for name, p in decoder.named_parameters() if "_proj.weight" in name]
         self.num_weights = {"layers": sum(maps), "head": decoder.lm_head.weight.numel()}
         self.num_bytes = {"layers": self.forward.layer_bytes, "head": self.forward.head_bytes}
-        self._dim = shape.dim
-        blocks = max(step.num_seqs * -(-step.context_len // BLOCK_SIZE) for step in STEPS)
-        size = (shape.num_layers, blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
-        self._k_cache, self._v_cache = torch.zeros(size), torch.zeros(size)
+        self._dim = decoder.config.dim
+        self._k_cache, self._v_cache = caches
 
     def pieces(self, step: Step) -> dict[str, Callable[[], Any]]:
         """The layers and the head of a step, ready to be called again and again."""
@@ -111,6 +126,19 @@ def seconds(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
     return times
 
 
+def measure(
+    benches: dict[tuple[str, str], Bench], rounds: int
+) -> dict[tuple[str, str, Step, str], list[float]]:
+    """Seconds by quantisation, instruction set, step and piece."""
+    pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
+    times: dict[tuple[str, str, Step, str], list[float]] = {}
+    for _ in range(rounds):
+        for place, calls in pieces.items():
+            for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
+                times.setdefault((*place, piece), []).extend(taken)
+    return times
+
+
 def machine_speed(rounds: int) -> dict[str, float]:
     """Best of some rounds: float32 GFLOP/s of a product, GB/s of reading 256 MB."""
     a, many = torch.randn(1024, 1024), torch.ones(64 << 20)
@@ -130,18 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     decoder = open_checkpoint(arguments.model).decoder()
-    times: dict[tuple[str, str, Step, str], list[float]] = {}
     with torch.inference_mode():
+        caches = caches_for(decoder)
         benches = {
-            (quantization, name): Bench(decoder, quantization, name, arguments.threads)
+            (quantization, name): Bench(decoder, caches, quantization, name, arguments.threads)
             for quantization in arguments.quantization
             for name in arguments.instruction_sets
         }
-        pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
-        for _ in range(arguments.rounds):
-            for place, calls in pieces.items():
-                for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
-                    times.setdefault((*place, piece), []).extend(taken)
+        times = measure(benches, arguments.rounds)
     results = []
     for (quantization, name, step, piece), taken in times.items():
         bench = benches[quantization, name]

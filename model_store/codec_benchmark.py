@@ -58,14 +58,8 @@ def benchmark_codecs(
     table_path: Path, checkpoint: Checkpoint, heldout: TokenStream, max_tokens: int
 ) -> dict[str, Any]:
     """Measures them all; raises TableError if the table is not raw or belongs to another model."""
-    table = SourceTable(table_path)
+    table = _open_raw(table_path, checkpoint.model_hash)
     manifest = table.manifest
-    if manifest.codec != "raw":
-        raise TableError(
-            f"{table_path} has codec {manifest.codec}, wanted raw: the others are held against it"
-        )
-    if manifest.model_hash != checkpoint.model_hash:
-        raise TableError(f"{table_path} was built for model {manifest.model_hash[:12]}, not for this one")
     raw = RowCodec("raw", manifest.dtype, manifest.dim)
     stored, _ = table.stored_rows(np.arange(manifest.num_fgrams))
     rows = raw.decode_reference(torch.from_numpy(stored))
@@ -107,6 +101,17 @@ def benchmark_codecs(
         "threads_decoding": 1,
         "results": results,
     }
+
+
+def _open_raw(path: Path, model_hash: str) -> SourceTable:
+    table = SourceTable(path)
+    if table.manifest.codec != "raw":
+        raise TableError(
+            f"{path} has codec {table.manifest.codec}, wanted raw: the others are held against it"
+        )
+    if table.manifest.model_hash != model_hash:
+        raise TableError(f"{path} was built for model {table.manifest.model_hash[:12]}, not for this one")
+    return table
 
 
 def _contestants(rows: Tensor, dtype: str) -> list[_Contestant]:

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,22 +89,55 @@ def finished_arms(runs: list[LoggedRun]) -> dict[str, ArmResult]:
     return {arm: ArmResult(their) for arm, their in finished.items()}
 
 
+Column = tuple[str, Callable[[ArmResult], str]]
+"""A title, and what stands below it for each row."""
+
+
+def results_table(
+    results: dict[str, ArmResult], place: str, base: str, base_title: str, more: Sequence[Column] = ()
+) -> list[str]:
+    """A line a row, with its perplexity over that of the row `base`; `more` columns follow its shape.
+
+    Runs are linked to in `place`.
+    """
+    of_base = results.get(base)
+    columns: list[Column] = [
+        ("f-grams", lambda result: f"{result.facts['arm']['num_fgrams']:,}"),
+        ("f-gram layers", lambda result: str(result.facts["arm"]["fgram_layers"])),
+        *more,
+        ("held-out loss", lambda result: f"{result.loss:.4f}{result.spread}"),
+        ("perplexity", lambda result: f"{math.exp(result.loss):.2f}"),
+        (base_title, lambda result: f"{math.exp(result.loss - of_base.loss):.3f}" if of_base else ""),
+        (
+            "runs",
+            lambda result: ", ".join(f"[{run.facts['seed']}]({place}/{run.name})" for run in result.runs),
+        ),
+    ]
+    rows = [["model", *(title for title, _ in columns)]]
+    rows += [[arm, *(cell(result) for _, cell in columns)] for arm, result in results.items()]
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in rows)
+    return [head, "|---" * len(rows[0]) + "|", *lines]
+
+
+def draw_first_seed(runs: list[LoggedRun]) -> str:
+    """An SVG of how the held-out loss fell in the runs of seed 0, by tokens trained."""
+    first = [run for run in runs if run.facts["seed"] == 0]
+    return draw_curves(
+        {run.arm: [(p.tokens, p.heldout_loss) for p in run.curve if p.step] for run in first},
+        title="held-out loss, seed 0",
+        x_label="training tokens",
+        y_label="loss, nats a token",
+    )
+
+
 def write_report(logs: Path, document: Path, command: str) -> None:
     """Writes the document and, beside the logs, its two pictures."""
     runs = read_logs(logs)
     results = finished_arms(runs)
-    first = [run for run in runs if run.facts["seed"] == 0]
-    curves = {run.arm: [(p.tokens, p.heldout_loss) for p in run.curve if p.step] for run in first}
-    (logs / CURVES).write_text(
-        draw_curves(
-            curves,
-            title="held-out loss, seed 0",
-            x_label="training tokens",
-            y_label="loss, nats a token",
-        )
-    )
+    (logs / CURVES).write_text(draw_first_seed(runs))
     place = logs.relative_to(document.parent).as_posix()
-    lines = [*_opening(runs, command), *_table(results, place), "", f"![held-out loss]({place}/{CURVES})", ""]
+    table = results_table(results, place, "S", "of S", more=[("MFLOPs a token", _megaflops)])
+    lines = [*_opening(runs, command), *table, "", f"![held-out loss]({place}/{CURVES})", ""]
     lines += _findings(results)
     if trend := _trend(results):
         (logs / TREND).write_text(trend)
@@ -133,22 +167,8 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
     ]
 
 
-def _table(results: dict[str, ArmResult], place: str) -> list[str]:
-    lines = [
-        "| model | f-grams | f-gram layers | MFLOPs a token | held-out loss | perplexity | of S | runs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    base = results.get("S")
-    for arm, result in results.items():
-        shape = result.facts["arm"]
-        of_base = "" if base is None else f"{math.exp(result.loss - base.loss):.3f}"
-        runs = ", ".join(f"[{run.facts['seed']}]({place}/{run.name})" for run in result.runs)
-        lines.append(
-            f"| {arm} | {shape['num_fgrams']:,} | {shape['fgram_layers']}"
-            f" | {2 * result.facts['inference_parameters'] / 1e6:.1f} | {result.loss:.4f}{result.spread}"
-            f" | {math.exp(result.loss):.2f} | {of_base} | {runs} |"
-        )
-    return lines
+def _megaflops(result: ArmResult) -> str:
+    return f"{2 * result.facts['inference_parameters'] / 1e6:.1f}"
 
 
 def _findings(results: dict[str, ArmResult]) -> list[str]:

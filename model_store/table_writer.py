@@ -23,7 +23,7 @@ from scone.kernels.gather import CHECK_BYTES
 from scone.kernels.row_codec import RowCodec
 from scone.model_store import lmdb_rows
 from scone.model_store.errors import TableError
-from scone.model_store.fgram_index import build_index, check_indexable
+from scone.model_store.fgram_index import IndexShape, build_index, check_indexable
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS, FORMAT_VERSION, MANIFEST_NAME, TableFile, TableManifest
 from scone.model_store.row_errors import ERROR_DTYPE, row_errors, summarize
@@ -251,32 +251,44 @@ class TableWriter:
         self._num_synced = self._num_rows
 
     def _write_rest(self) -> None:
-        partial, codec, num_rows = self._partial, self._codec, len(self._fgrams)
-        fp_bits = self._identity["fp_bits"]
-        shape = build_index(self._fgrams, partial / INDEX_NAME, self._table_id, fp_bits)
-        rows = np.memmap(partial / ROWS_NAME, np.uint8, "r", HEADER_BYTES, num_rows * codec.row_bytes)
-        index = np.memmap(partial / INDEX_NAME, np.uint8, "r", HEADER_BYTES)
-        index_sums, row_sums = _page_sums(index), _page_sums(rows)
-        numbers = (len(index_sums), len(row_sums), CHECK_BYTES, 0, 0)
-        header = TableHeader(SUMS_MAGIC, self._table_id, numbers).to_bytes()
-        sums = header + index_sums.astype("<u4").tobytes() + row_sums.astype("<u4").tobytes()
-        (partial / SUMS_NAME).write_bytes(sums)
+        """All that follows from rows and f-grams; the manifest, which makes it a table, comes last."""
+        partial = self._partial
+        index = build_index(self._fgrams, partial / INDEX_NAME, self._table_id, self._identity["fp_bits"])
+        num_bytes = len(self._fgrams) * self._codec.row_bytes
+        rows = np.memmap(partial / ROWS_NAME, np.uint8, "r", HEADER_BYTES, num_bytes)
+        sums = self._write_sums(rows)
         self._fgrams.save(partial / FGRAMS_NAME)
         # readable for whoever may read the rows, also when another user serves the table
         (partial / FGRAMS_NAME).chmod((partial / INDEX_NAME).stat().st_mode)
         files = {
             INDEX_NAME: TableFile((partial / INDEX_NAME).stat().st_size),
-            SUMS_NAME: TableFile(len(sums), hashlib.sha256(sums).hexdigest()),
+            SUMS_NAME: sums,
             FGRAMS_NAME: _hashed(partial / FGRAMS_NAME),
             ERRORS_NAME: _hashed(partial / ERRORS_NAME),
         }
-        per_block = num_rows
         if self._identity["backend"] == "lmdb":
-            per_block = lmdb_rows.rows_per_block(codec.row_bytes, num_rows)
             files |= self._convert_to_lmdb(rows)
         else:
             files[ROWS_NAME] = TableFile((partial / ROWS_NAME).stat().st_size)
-        manifest = TableManifest(
+        manifest = self._manifest(index, files)
+        for name in files:
+            _fsync(partial / name)
+        _replace_text(partial / MANIFEST_NAME, manifest.to_json())
+
+    def _write_sums(self, rows: NDArray[np.uint8]) -> TableFile:
+        """The checksums of the pages of index and rows."""
+        index = np.memmap(self._partial / INDEX_NAME, np.uint8, "r", HEADER_BYTES)
+        index_sums, row_sums = _page_sums(index), _page_sums(rows)
+        numbers = (len(index_sums), len(row_sums), CHECK_BYTES, 0, 0)
+        header = TableHeader(SUMS_MAGIC, self._table_id, numbers).to_bytes()
+        sums = header + index_sums.astype("<u4").tobytes() + row_sums.astype("<u4").tobytes()
+        (self._partial / SUMS_NAME).write_bytes(sums)
+        return TableFile(len(sums), hashlib.sha256(sums).hexdigest())
+
+    def _manifest(self, index: IndexShape, files: dict[str, TableFile]) -> TableManifest:
+        codec, num_rows = self._codec, len(self._fgrams)
+        is_lmdb = self._identity["backend"] == "lmdb"
+        return TableManifest(
             table_id=self._table_id,
             num_fgrams=num_rows,
             dim=codec.dim,
@@ -285,13 +297,13 @@ class TableWriter:
             backend=self._identity["backend"],
             max_n=self._fgrams.max_n,
             closed=self._fgrams.is_closed(),
-            fp_bits=fp_bits,
-            hash_seed=shape.hash_seed,
-            num_home_buckets=shape.num_home_buckets,
-            num_buckets=shape.num_buckets,
+            fp_bits=self._identity["fp_bits"],
+            hash_seed=index.hash_seed,
+            num_home_buckets=index.num_home_buckets,
+            num_buckets=index.num_buckets,
             row_bytes=codec.row_bytes,
-            rows_per_block=per_block,
-            row_error=summarize(partial / ERRORS_NAME),
+            rows_per_block=lmdb_rows.rows_per_block(codec.row_bytes, num_rows) if is_lmdb else num_rows,
+            row_error=summarize(self._partial / ERRORS_NAME),
             model_hash=self._identity["model_hash"],
             fgram_model_hash=self._identity["fgram_model_hash"],
             tokenizer_hash=self._identity["tokenizer_hash"],
@@ -301,9 +313,6 @@ class TableWriter:
             num_corpus_tokens=self._fgrams.num_corpus_tokens,
             files=files,
         )
-        for name in files:
-            _fsync(partial / name)
-        _replace_text(partial / MANIFEST_NAME, manifest.to_json())
 
     def _convert_to_lmdb(self, rows: NDArray[np.uint8]) -> dict[str, TableFile]:
         """rows.bin -> rows.lmdb and blocks.bin, from the start if a kill interrupted it."""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from scone.model_store.curve_picture import draw_curves
-from scone.model_store.study_report import ArmResult, LoggedRun, finished_arms, read_logs, unfinished_lines
-
-CURVES = "curves.svg"
+from scone.model_store.study_report import (
+    CURVES,
+    LoggedRun,
+    draw_first_seed,
+    finished_arms,
+    read_logs,
+    results_table,
+    unfinished_lines,
+)
 
 _QUESTIONS = (
     ("fgrams", "base", "F-grams on the frozen model against the model alone"),
@@ -26,20 +31,10 @@ def write_tuning_report(logs: Path, document: Path, command: str) -> None:
     """Writes the document, and its picture beside the logs; raises CheckpointError if there are none."""
     runs = read_logs(logs)
     results = finished_arms(runs)
+    (logs / CURVES).write_text(draw_first_seed(runs))
     place = logs.relative_to(document.parent).as_posix()
-    curves = {
-        run.arm: [(float(p.tokens), p.heldout_loss) for p in run.curve if p.step]
-        for run in runs
-        if run.facts["seed"] == 0
-    }
-    picture = draw_curves(
-        {name: points for name, points in curves.items() if points},
-        title="held-out loss, seed 0",
-        x_label="training tokens",
-        y_label="loss, nats a token",
-    )
-    (logs / CURVES).write_text(picture)
-    lines = [*_opening(runs, command), *_table(results, place), "", f"![held-out loss]({place}/{CURVES})", ""]
+    table = results_table(results, place, "base", "of the base")
+    lines = [*_opening(runs, command), *table, "", f"![held-out loss]({place}/{CURVES})", ""]
     lines += [
         f"- {what}: perplexity {math.exp(results[ours].loss - results[theirs].loss):.3f} times."
         for ours, theirs, what in _QUESTIONS
@@ -68,20 +63,3 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
         " seeds.",
         "",
     ]
-
-
-def _table(results: dict[str, ArmResult], place: str) -> list[str]:
-    lines = [
-        "| model | f-grams | f-gram layers | held-out loss | perplexity | of the base | runs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    base = results.get("base")
-    for arm, result in results.items():
-        shape = result.facts["arm"]
-        of_base = "" if base is None else f"{math.exp(result.loss - base.loss):.3f}"
-        runs = ", ".join(f"[{run.facts['seed']}]({place}/{run.name})" for run in result.runs)
-        lines.append(
-            f"| {arm} | {shape['num_fgrams']:,} | {shape['fgram_layers']} | {result.loss:.4f}{result.spread}"
-            f" | {math.exp(result.loss):.2f} | {of_base} | {runs} |"
-        )
-    return lines

@@ -92,12 +92,7 @@ class ModelLoader:
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
         memory = memory_budget(settings)
-        table = None
-        if settings.table is not None:
-            with self._phase("table", f"opening the table {settings.table}"):
-                table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
-                table.table.check_model(checkpoint.model_hash, tokenizer.hash)
-                logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
+        table = self._open_table(memory, checkpoint.model_hash, tokenizer.hash)
         with self._phase("weights", f"reading the weights as {dtype}, for {device}"):
             decoder = checkpoint.decoder(dtype)
             if settings.kronecker == "table":
@@ -121,14 +116,10 @@ class ModelLoader:
             if store is not None and memory is not None:
                 recycled = served_recycled(settings.recycled, store, engine)
                 _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
-                self._metrics.watch_recycled(RecycledCollector(store))
             engine.start()
             if engine.cache_pages is not None:
                 engine.cache_pages.start()
-            self._metrics.watch_engine(engine.stats)
-            self._metrics.watch_device(DeviceCollector(engine.overlay))
-            if table is not None:
-                self._metrics.watch_table(TableCollector(table))
+            self._watch(engine, table, store)
         del decoder
         return_freed_memory()
         return ServedModel(
@@ -141,6 +132,26 @@ class ModelLoader:
             num_layers=checkpoint.config.num_layers,
             recycled=recycled,
         )
+
+    def _open_table(
+        self, memory: MemoryBudget | None, model_hash: str, tokenizer_hash: str
+    ) -> ServedTable | None:
+        settings = self._settings
+        if settings.table is None:
+            return None
+        with self._phase("table", f"opening the table {settings.table}"):
+            table = ServedTable(settings.table, table_config(settings, torch.get_num_threads(), memory))
+            table.table.check_model(model_hash, tokenizer_hash)
+            logger.info("  %d f-grams of up to %d tokens", table.table.num_fgrams, table.table.max_n)
+        return table
+
+    def _watch(self, engine: Engine, table: ServedTable | None, store: RecycledStore | None) -> None:
+        if store is not None:
+            self._metrics.watch(RecycledCollector(store))
+        self._metrics.watch_engine(engine.stats)
+        self._metrics.watch(DeviceCollector(engine.overlay))
+        if table is not None:
+            self._metrics.watch(TableCollector(table))
 
     @contextmanager
     def _phase(self, name: str, text: str) -> Iterator[None]:

@@ -96,16 +96,8 @@ class ServerMetrics:
         self._num_waiting.set_function(lambda: stats().num_waiting)
         self._kv_cache_usage.set_function(lambda: stats().kv_cache_usage)
 
-    def watch_table(self, collector: Collector) -> None:
-        """Exports a table's counters as well."""
-        self.registry.register(collector)
-
-    def watch_recycled(self, collector: Collector) -> None:
-        """Exports the counters of a store of recycled states as well."""
-        self.registry.register(collector)
-
-    def watch_device(self, collector: Collector) -> None:
-        """Exports what staging rows takes."""
+    def watch(self, collector: Collector) -> None:
+        """Exports what a table, a store of recycled states or a device counts as well."""
         self.registry.register(collector)
 
     def _make_request_metrics(self) -> None:

@@ -78,10 +78,7 @@ def benchmark_decode(workload: Workload, *, num_steps: int, repeats: int) -> dic
     texts = workload.texts(NUM_SEQUENCES, _SHORT_PROMPT + num_steps + 1)
     prompts = [text[:_SHORT_PROMPT] for text in texts]
     result = _compare(workload, texts, prompts, max_tokens=num_steps, repeats=repeats)
-    for run in result.values():
-        run["tokens_per_second"] = round(NUM_SEQUENCES * num_steps / run.pop("seconds"))
-        run["of_warm"] = round(run["tokens_per_second"] / result["warm"]["tokens_per_second"], 3)
-        run["p99_step_of_warm"] = round(run["p99_step_ms"] / result["warm"]["p99_step_ms"], 3)
+    _hold_against_warm(result, NUM_SEQUENCES * num_steps)
     return {
         "num_sequences": NUM_SEQUENCES,
         "num_steps": num_steps,
@@ -96,16 +93,21 @@ def benchmark_prefill(workload: Workload, *, num_prompts: int, repeats: int) -> 
     texts = workload.texts(num_prompts, PROMPT_TOKENS + 1)
     prompts = [text[:PROMPT_TOKENS] for text in texts]
     result = _compare(workload, texts, prompts, max_tokens=1, repeats=repeats)
-    for run in result.values():
-        run["tokens_per_second"] = round(num_prompts * PROMPT_TOKENS / run.pop("seconds"))
-        run["of_warm"] = round(run["tokens_per_second"] / result["warm"]["tokens_per_second"], 3)
-        run["p99_step_of_warm"] = round(run["p99_step_ms"] / result["warm"]["p99_step_ms"], 3)
+    _hold_against_warm(result, num_prompts * PROMPT_TOKENS)
     return {
         "num_prompts": num_prompts,
         "prompt_tokens": PROMPT_TOKENS,
         "model_tokens_per_second": PREFILL_TOKENS_PER_SECOND,
         "at_gpu_pace": result,
     }
+
+
+def _hold_against_warm(result: dict[str, dict[str, Any]], num_tokens: int) -> None:
+    """Turns each run's seconds for `num_tokens` into speeds, and into shares of the warm table's."""
+    for run in result.values():
+        run["tokens_per_second"] = round(num_tokens / run.pop("seconds"))
+        run["of_warm"] = round(run["tokens_per_second"] / result["warm"]["tokens_per_second"], 3)
+        run["p99_step_of_warm"] = round(run["p99_step_ms"] / result["warm"]["p99_step_ms"], 3)
 
 
 def _compare(

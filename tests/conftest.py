@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,20 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_decoder() -> Callable[..., Decoder]:
+    return make_decoder
+
+
+@pytest.fixture(scope="session")
 def tiny_decoder() -> Decoder:
-    """A random decoder of 3 layers (grouped-query, tied head), spread enough for its argmax to be clear."""
+    """Three layers, grouped-query, tied head."""
+    return make_decoder()
+
+
+def make_decoder(**shape: Any) -> Decoder:
+    """A random decoder of the tiny shape but for `shape`, spread enough for its argmax to be clear."""
     torch.manual_seed(0)
-    decoder = Decoder(TINY)
+    decoder = Decoder(replace(TINY, **shape))
     for parameter in decoder.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

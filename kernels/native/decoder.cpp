@@ -123,12 +123,13 @@ public:
         want(!num_wanted || num_wanted->size() == context_lens.size(), "num_wanted is not (num_seqs,)");
         tiles_.clear();
         wanted_.clear();
+        const int per_tile = std::max(1, kTileQueries * shape_.num_kv_heads / shape_.num_heads);
         for (int seq = 0; seq < int(context_lens.size()); ++seq) {
             const int begin = query_starts.data()[seq], end = query_starts.data()[seq + 1];
             const int count = num_wanted ? num_wanted->data()[seq] : end - begin;
             want(count >= 0 && count <= end - begin, "num_wanted is not from 0 to the number of queries");
-            add_tiles(tiles_, begin, end, seq);
-            wanted_.add(end - count, end, seq, positions.data());
+            add_tiles(tiles_, begin, end, seq, per_tile);
+            wanted_.add(end - count, end, seq, positions.data(), per_tile);
         }
         step.tiles = &tiles_;
         reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()),
@@ -185,8 +186,8 @@ private:
         Workspace::grow(gate_, gate_size_, size_t(rows) * s.ffn_dim);
         Workspace::grow(up_, up_size_, size_t(rows) * s.ffn_dim);
         scores_stride_ = size_t(longest) + block_size + 8;
-        Workspace::grow(scores_, scores_size_, scores_stride_ * kTileRows * (s.num_heads / s.num_kv_heads) *
-                                                   space_.team.size());
+        scratch_stride_ = kTileQueries * (s.head_dim + scores_stride_);
+        Workspace::grow(scratch_, scratch_size_, scratch_stride_ * space_.team.size());
         prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
     }
 
@@ -250,7 +251,7 @@ private:
                                     step.positions[tile.first_row] + 1,
                                     h,
                                     step.block_tables + size_t(tile.sequence) * step.table_width,
-                                    scores_.get() + size_t(thread) * kTileRows * group * scores_stride_,
+                                    scratch_.get() + thread * scratch_stride_,
                                     scores_stride_};
             space_.kernels->attend(queries, cache, 1.0f / std::sqrt(float(s.head_dim)));
         });
@@ -313,10 +314,10 @@ private:
     std::vector<TokenTile> tiles_;
     WantedTokens wanted_;
     Activations prepared_{};
-    size_t scores_stride_ = 0;
-    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scores_;
+    size_t scores_stride_ = 0, scratch_stride_ = 0;
+    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scratch_;
     size_t normed_size_ = 0, q_size_ = 0, k_size_ = 0, v_size_ = 0, attended_size_ = 0, gate_size_ = 0,
-           up_size_ = 0, scores_size_ = 0;
+           up_size_ = 0, scratch_size_ = 0;
 };
 
 // out (rows, num_outputs) = x (rows, num_inputs) times the map

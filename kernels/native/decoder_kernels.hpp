@@ -13,6 +13,7 @@ constexpr int kPanel = 16;     // output columns per panel of packed weights
 constexpr int kGroup = 32;     // inputs that share a scale
 constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
 constexpr int kSampledChunk = 64;  // logits that sampling looks at together
+constexpr int kTileQueries = 12;  // queries of tokens that attend together, or those of one token if it has more
 constexpr int kRowBlock = 96;  // rows per tile: their activations stay in the second-level cache
 
 // How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
@@ -72,7 +73,7 @@ struct QueryTile {
     size_t stride;
     int num_tokens, group, context, kv_head;
     const int32_t* block_table;
-    float* scores;  // scratch: num_tokens * group rows of `scores_stride`
+    float* scratch;        // kTileQueries rows of head_dim + scores_stride
     size_t scores_stride;  // at least the longest context + 8, in whole blocks
 };
 

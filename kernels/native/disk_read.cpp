@@ -1,8 +1,9 @@
 // Many reads of one file at once: io_uring at a constant queue depth, or a pool of threads that call pread.
 //
-// Containers often forbid io_uring (seccomp), hence the pool. Both fill caller-owned memory and return only when no read is under way any more,
-// so that a late completion can never land in memory that has been reused. What has arrived is checksummed, and its
-// rows are decoded, while the rest is still under way: the processor has nothing else to do.
+// Containers often forbid io_uring (seccomp), hence the pool. Both fill caller-owned memory and return only when
+// no read is under way any more, so that a late completion can never land in memory that has been reused. What has
+// arrived is checksummed, and its rows are decoded, while the rest is still under way: the processor has nothing
+// else to do.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

@@ -16,28 +16,43 @@ struct Constant {
     static constexpr int value = kValue;
 };
 
-// body(Constant<count>) for a count below kStrip that is known only now.
-template <class Body>
+// body(Constant<count>) for a count below kBelow that is known only now.
+template <int kBelow = kStrip, class Body>
 static inline void for_rest(int count, const Body& body) {
-    switch (count) {
-        case 5: body(Constant<5>()); break;
-        case 4: body(Constant<4>()); break;
-        case 3: body(Constant<3>()); break;
-        case 2: body(Constant<2>()); break;
-        case 1: body(Constant<1>()); break;
-        default: break;
+    if constexpr (kBelow > 1) {
+        if (count == kBelow - 1)
+            body(Constant<kBelow - 1>());
+        else
+            for_rest<kBelow - 1>(count, body);
     }
 }
 
-static inline f32x8 load(const float* p) {
-    f32x8 v;
+// The widest vectors that the instruction set multiplies.
+#ifdef SCONE_AVX512
+typedef float wide __attribute__((vector_size(64)));
+#else
+typedef f32x8 wide;
+#endif
+
+template <class Vector>
+constexpr int lanes = sizeof(Vector) / sizeof(float);
+
+template <class Vector = f32x8>
+static inline Vector load(const float* p) {
+    Vector v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline void store(float* p, f32x8 v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class Vector>
+static inline void store(float* p, Vector v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
 
-static inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+template <class Vector = f32x8>
+static inline Vector splat(float x) {
+    return x - Vector{};  // not Vector{} + x: -0 would become 0
+}
 
 static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
 #ifdef SCONE_AVX2
@@ -47,9 +62,17 @@ static inline f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
 #endif
 }
 
+static inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return fma8(a, b, c); }
+
+#ifdef SCONE_AVX512
+static inline wide fma(wide a, wide b, wide c) {
+    return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#endif
+
 // How a * b + c is rounded: once, where the instruction set can, or twice, everywhere.
 struct Fused {
-    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return fma8(a, b, c); }
+    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return fma(a, b, c); }
 };
 struct Unfused {
     static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }

@@ -94,7 +94,7 @@ COMMAND = Command(
     name="study",
     help="train small models with and without f-grams from scratch and compare them; resumes if interrupted",
     settings=(
-        *study_settings("data/study", "docs/quality.md"),
+        *study_settings("data/study", "docs/quality/from-scratch.md"),
         *config_settings(StudyConfig(), HELPS),
     ),
     run=run,

@@ -50,7 +50,7 @@ COMMAND = Command(
     settings=(
         Setting(name="model", help="the pretrained model: GGUF file or folder", required=True),
         Setting(name="fgrams", help="f-gram set from `scone count`", required=True),
-        *study_settings("data/study-pretrained", "docs/quality-pretrained.md"),
+        *study_settings("data/study-pretrained", "docs/quality/pretrained.md"),
         *config_settings(TuningConfig(), HELPS),
     ),
     run=run,

@@ -52,7 +52,6 @@ class EngineStats:
     num_waiting: int
     num_queued_tokens: int
     kv_cache_usage: float
-    num_kv_blocks: int
     has_work: bool
     last_step_monotonic: float
 
@@ -246,7 +245,6 @@ class Engine:
                 num_waiting=len(state.waiting),
                 num_queued_tokens=self._num_queued_tokens,
                 kv_cache_usage=1 - state.pool.num_free / state.pool.num_blocks,
-                num_kv_blocks=state.pool.num_blocks,
                 has_work=bool(self._open),
                 last_step_monotonic=self._last_step,
             )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scone.cache import FGramTable, TableConfig
 from scone.cache.errors import RowReadError
 from scone.cache.memory_budget import MemoryBudget
+from scone.cache.table_index import TableIndex
 from scone.model_store.fgram_set import FGramSet
 
 
@@ -25,7 +26,7 @@ def path(
 
 
 def is_copied(table: FGramTable) -> bool:
-    return table._matcher.index is not table._files.index
+    return table._index.matcher.index is not table._files.index
 
 
 def test_the_copy_matches_alike_and_is_used(path: Path, zipf_tokens: NDArray[np.int64]) -> None:
@@ -74,14 +75,14 @@ def test_a_damaged_index_is_not_copied(
         index.write_bytes(data)
     else:
         # behind the server's back, between its check of the size and its first read
-        begin = FGramTable._load_index
+        load = TableIndex.load
 
-        def truncate_first(table: FGramTable, *rest: object) -> None:
+        def truncate_first(table_index: TableIndex, memory: MemoryBudget | None) -> None:
             with open(index, "r+b") as file:
                 file.truncate(size // 2)
-            begin(table, *rest)  # type: ignore[arg-type]
+            load(table_index, memory)
 
-        monkeypatch.setattr(FGramTable, "_load_index", truncate_first)
+        monkeypatch.setattr(TableIndex, "load", truncate_first)
     with FGramTable.open(copy, TableConfig(ram_bytes=1 << 30)) as table:
         assert table.wait_loaded(30)
         assert not is_copied(table)

@@ -23,15 +23,13 @@ from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
 from scone.cache.memory_limit import available_bytes, cgroup_headroom
 from scone.kernels.checksum import crc32c_pages
-from scone.kernels.disk_read import RowsOut, SpanReader, Sums, open_span_reader, uring_available
-from scone.kernels.gather import decode_rows
+from scone.kernels.disk_read import RowsOut, SpanReader, Spans, Sums, open_span_reader, uring_available
 from scone.kernels.row_codec import CODECS, RowCodec
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS
 from scone.model_store.table_files import open_table_files
 
 WriteTable = Callable[..., Path]
-I64 = NDArray[np.int64]
 # 97 values: rows of 194 bytes (raw) straddle pages at every offset
 DIMS = {"raw": 97, "int8": 97, "fp8": 1504, "int4": 96}
 
@@ -113,10 +111,10 @@ def test_rows_are_right_while_the_ram_tier_fills(
     monkeypatch.setattr("scone.cache.ram_rows._PAGES_PER_READ", 8)
     monkeypatch.setattr("scone.model_store.table_files.TableFiles.read_stream", read_when_let)
     with FGramTable.open(tables["mmap", "raw"], TableConfig(ram_bytes=1 << 30)) as table:
-        assert not table.ram_loaded
+        assert not table.wait_loaded(0)
         expected = FGramTable.open(tables["mmap", "raw"]).rows(np.arange(table.num_fgrams))
         seen = set()
-        while not table.ram_loaded:
+        while not table.wait_loaded(0):
             assert torch.equal(table.rows(np.arange(table.num_fgrams)), expected)
             seen.add(len(table.tiers))
             gate.release()
@@ -155,18 +153,13 @@ class FaultySpans:
         self.inner, self.fault = inner, fault
 
     def read(
-        self,
-        offsets: I64,
-        sizes: I64,
-        places: I64,
-        buffer: NDArray[np.uint8],
-        sums: Sums | None = None,
-        rows: RowsOut | None = None,
+        self, spans: Spans, buffer: NDArray[np.uint8], sums: Sums | None = None, rows: RowsOut | None = None
     ) -> None:
         if self.fault == "eio":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        order = np.random.default_rng(1).permutation(len(offsets))
-        self.inner.read(offsets[order], sizes[order], places[order], buffer)
+        order = np.random.default_rng(1).permutation(len(spans.places))
+        self.inner.read(Spans(*(numbers[order] for numbers in spans)), buffer)
+        places = spans.places
         if self.fault == "delay":
             threading.Event().wait(0.2)
         if self.fault == "flip":
@@ -177,9 +170,7 @@ class FaultySpans:
         if sums is not None:
             sums[:] = crc32c_pages(buffer[: 4096 * len(sums)], 4096)
         if rows is not None:
-            in_place = np.full(len(rows.out), -1, np.int64)
-            in_place[rows.targets] = rows.offsets
-            decode_rows(buffer, in_place, rows.codec, rows.out)
+            rows.decode(buffer)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +189,14 @@ def test_faults_of_the_disk_are_typed_errors_and_never_wrong_rows(
     files = open_table_files(tables["mmap", "raw"])
     reader = DirectReader(files)
     expected = FGramTable(files, reader).rows([0, 900, 1800, 3])
-    reader._spans = FaultySpans(reader._spans, fault)
+    reader._reader = FaultySpans(reader._reader, fault)
     with FGramTable(files, reader) as table:
         if message is None:
             assert torch.equal(table.rows([0, 900, 1800, 3]), expected)
             return
         with pytest.raises(RowReadError, match=message):
             table.rows([0, 900, 1800, 3])
-        reader._spans.fault = "none"
+        reader._reader.fault = "none"
         assert torch.equal(table.rows([0, 900, 1800, 3]), expected)
 
 
@@ -214,13 +205,13 @@ def test_a_slow_read_holds_up_no_other_thread(tables: dict[tuple[str, str], Path
     reader = DirectReader(files)
     with FGramTable(files, reader) as table:
         expected = table.rows([0, 3])
-        quick = reader._spans
-        reader._spans = FaultySpans(quick, "delay")
+        quick = reader._reader
+        reader._reader = FaultySpans(quick, "delay")
         slow_rows: list[torch.Tensor] = []
         slow = threading.Thread(target=lambda: slow_rows.append(table.rows([0, 3])))
         slow.start()
         threading.Event().wait(0.05)  # it is under way
-        reader._spans = quick
+        reader._reader = quick
         assert torch.equal(table.rows([0, 3]), expected)
         assert not slow_rows
         slow.join()
@@ -265,16 +256,19 @@ def check_decoding(reader: SpanReader, content: NDArray[np.uint8], generator: np
     assert any(((row_offsets < place) & (row_offsets + 500 > place)).any() for place in places.tolist())
     targets = generator.permutation(400)[:300]
     out = torch.full((400, 250), 3.0, dtype=torch.bfloat16)
-    reader.read(places, sizes, places, buffer, None, RowsOut(row_offsets, targets, codec, out))
+    spans = Spans(places, sizes, places)
+    reader.read(spans, buffer, None, RowsOut(row_offsets, targets, codec, out))
     np.testing.assert_array_equal(buffer, content[: len(buffer)])
     for offset, target in zip(row_offsets.tolist(), targets.tolist(), strict=True):
         assert out[target].view(torch.uint8).numpy().tobytes() == content[offset : offset + 500].tobytes()
     untouched = np.setdiff1d(np.arange(400), targets)
     assert (out[untouched] == 3.0).all()
     with pytest.raises(ValueError, match="not in order"):
-        reader.read(
-            places, sizes, places, buffer, None, RowsOut(row_offsets[::-1].copy(), targets, codec, out)
-        )
+        reader.read(spans, buffer, None, RowsOut(row_offsets[::-1].copy(), targets, codec, out))
+
+
+def spans_of(offsets: list[int], sizes: list[int], places: list[int]) -> Spans:
+    return Spans(np.array(offsets), np.array(sizes), np.array(places))
 
 
 @pytest.mark.parametrize("use_uring", [True, False])
@@ -292,30 +286,30 @@ def test_spans_are_read_at_any_depth(tmp_path: Path, use_uring: bool, depth: int
             offsets = generator.integers(0, len(content) - 5000, num_spans)
             places = np.cumsum(sizes) - sizes
             buffer = np.zeros(int(sizes.sum()), np.uint8)
-            reader.read(offsets, sizes, places, buffer)
+            reader.read(Spans(offsets, sizes, places), buffer)
             expected = np.concatenate([content[o : o + s] for o, s in zip(offsets, sizes, strict=True)])
             np.testing.assert_array_equal(buffer, expected)
         check_decoding(reader, content, generator)
         pages = generator.permutation(240)[:200]
         buffer, sums = np.zeros(200 * 4096, np.uint8), np.zeros(200, np.uint32)
         places = np.arange(200) * 4096
-        reader.read(pages * 4096, np.full(200, 4096), places, buffer, sums)
+        reader.read(Spans(pages * 4096, np.full(200, 4096), places), buffer, sums)
         np.testing.assert_array_equal(sums, crc32c_pages(buffer, 4096))
         np.testing.assert_array_equal(buffer[:4096], content[pages[0] * 4096 :][:4096])
         with pytest.raises(ValueError, match="within a page"):
-            reader.read(np.array([0]), np.array([30]), np.array([5]), buffer, sums)
+            reader.read(spans_of([0], [30], [5]), buffer, sums)
         with pytest.raises(ValueError, match="does not fit"):
-            reader.read(np.array([0]), np.array([4097]), np.array([0]), buffer, sums[:1])
+            reader.read(spans_of([0], [4097], [0]), buffer, sums[:1])
         buffer = buffer[:25]
         with pytest.raises(OSError, match="ended early"):
-            reader.read(np.array([0, len(content) - 10]), np.array([5, 20]), np.array([0, 5]), buffer[:25])
+            reader.read(spans_of([0, len(content) - 10], [5, 20], [0, 5]), buffer[:25])
         with pytest.raises(ValueError, match="does not fit"):
-            reader.read(np.array([0]), np.array([30]), np.array([0]), buffer[:25])
+            reader.read(spans_of([0], [30], [0]), buffer[:25])
     finally:
         os.close(fd)
     closed = open_span_reader(1_000_000, depth, use_uring=use_uring)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        closed.read(np.array([0, 1]), np.array([5, 5]), np.array([0, 5]), np.zeros(10, np.uint8))
+        closed.read(spans_of([0, 1], [5, 5], [0, 5]), np.zeros(10, np.uint8))
 
 
 def test_without_io_uring_threads_read(
@@ -352,7 +346,7 @@ def test_several_threads_read_at_once(tables: dict[tuple[str, str], Path], confi
         for thread in threads:
             thread.join()
         assert not wrong
-        assert table.stats.by_tier["disk"].num_reads == 121
+        assert sum(table.stats.by_tier["disk"].num_within) == 121
 
 
 BUDGET = """

@@ -19,35 +19,14 @@ import pytest
 from scone.cache.errors import CacheError
 from scone.cache.recycled_disk import RecycledDisk
 from scone.cache.recycled_header import HEADER_NAME, NUM_SHARDS
-from scone.cache.recycled_layout import (
-    CHUNK_BYTES,
-    LONGEST_ENTRY_BYTES,
-    Entry,
-    chunk_key,
-    cut,
-    name_in_order_key,
-    num_pages,
-    order_key,
-    score_in_order_key,
-)
 from scone.cache.recycled_record import Record, id_bytes, state_key
 from scone.cache.recycled_shard import RecycledShard
 from scone.cache.recycled_stats import RecycledStats
-from scone.cache.state_worth import Worth
+from tests.cache.damage import flip_bit
+from tests.cache.recycled_states import BYTES, record, worth
 
 BUDGET = 64 << 20
-BYTES = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8)
 PROCESS = Path(__file__).with_name("recycled_process.py")
-
-
-def record(number: int, num_bytes: int) -> Record:
-    key = number.to_bytes(4, "big") * 8
-    begin = number * 7919 % 4096
-    return Record.make(state_key("blocks", key), b"ids of %d" % number, BYTES[begin : begin + num_bytes])
-
-
-def worth(score: float = 0.0) -> Worth:
-    return Worth(score, 0.0)
 
 
 def num_bytes_of(folder: Path) -> int:
@@ -93,66 +72,6 @@ def watched(folder: Path, limit: Callable[[], int]) -> Iterator[None]:
         stop.set()
         thread.join()
     assert not over, f"the files took {max(over)} bytes"
-
-
-@pytest.mark.parametrize(
-    "num_bytes", [0, 1, 16, 1900, 1950, 2000, 4080, 4081, 8176, CHUNK_BYTES, CHUNK_BYTES + 1, 50_000, 737_313]
-)
-def test_chunks_fill_pages(num_bytes: int) -> None:
-    pieces = cut(num_bytes)
-    ends = [end for _, end in pieces.bounds]
-    assert [begin for begin, _ in pieces.bounds] == [0, *ends][:-1]
-    assert (ends[-1] if ends else 0) + pieces.tail_bytes == num_bytes
-    # All but the last fill whole pages with their header, and the last wastes less than half a page.
-    assert all((size + 16) % 4096 == 0 for size in pieces.sizes.tolist()[:-1])
-    pages = sum(-(-(size + 16) // 4096) for size in pieces.sizes.tolist())
-    assert num_pages(num_bytes) >= pages
-    assert pages * 4096 - num_bytes < 2300
-    entry = Entry(
-        1, 0, num_bytes, 2, worth(), np.arange(len(ends), dtype=np.uint32), bytes(pieces.tail_bytes)
-    )
-    assert len(entry.to_bytes()) <= LONGEST_ENTRY_BYTES
-    assert Entry.from_bytes(entry.to_bytes()).to_bytes() == entry.to_bytes()
-
-
-@pytest.mark.parametrize("change", [b"", b"short", b"\1" * 60, b"\xff" * 60])
-def test_entries_that_contradict_themselves_are_damage(change: bytes) -> None:
-    sound = Entry(1, 30, 70_000, 2, worth(), np.array([5, 21], np.uint32), bytes(420)).to_bytes()
-    with pytest.raises(lmdb.CorruptedError):
-        Entry.from_bytes(change if len(change) < 60 else change + sound[60:])
-
-
-def test_entries_name_the_pages_where_lmdb_has_the_chunks(tmp_path: Path) -> None:
-    """In a fresh file, in one whose pages were used before, and in a copy."""
-    rng = random.Random(0)
-    shard = RecycledShard(tmp_path / "file", 16 << 20)
-    for number in range(60):
-        shard.write([(record(number, rng.choice((2304, 20_000, 300_000, 737_280))), worth(number))], [])
-        if number % 3 == 2:
-            shard.delete([record(rng.randrange(number), 0).name])
-    shard.copy_to(tmp_path / "copy", 16 << 20)
-    copy = RecycledShard(tmp_path / "copy", 16 << 20)
-    assert copy.usage() == shard.usage()
-    assert copy.usage()["blocks"][0] > 20
-    for one in (shard, copy):
-        raw = one.path.read_bytes()
-        with one._env.begin(buffers=True) as txn:
-            for _, value in txn.cursor(one._entries):
-                entry = Entry.from_bytes(value)
-                for number, offset in enumerate(entry.offsets.tolist()):
-                    chunk = txn.get(chunk_key(entry.state_id, number), db=one._chunks)
-                    assert chunk is not None
-                    assert raw[offset : offset + len(chunk)] == bytes(chunk)
-                    assert raw[offset - 16 : offset - 8] == (offset // 4096).to_bytes(8, "little")
-        one.close()
-
-
-def test_order_keys_sort_as_scores() -> None:
-    scores = [-1e300, -3.5, -1.0, -1e-9, 0.0, 1e-9, 1.0, 497_000.125, 1e300]
-    keys = [order_key(score, b"name") for score in scores]
-    assert keys == sorted(keys)
-    assert [score_in_order_key(key) for key in keys] == scores
-    assert name_in_order_key(keys[0]) == b"name"
 
 
 def test_states_of_every_size_come_back(disk: RecycledDisk) -> None:
@@ -249,33 +168,6 @@ def test_used_states_stay(disk: RecycledDisk) -> None:
         disk.write([(record(number, 250_000), worth(1))])
     assert all(disk.held(kept))
     assert not disk.held([record(1, 0).name])[0]
-
-
-def test_a_file_ages_by_what_is_offered_to_it(tmp_path: Path) -> None:
-    """Also by what is refused; written down, and kept where the file is copied or opened again."""
-
-    def clock(shard: RecycledShard) -> float:
-        with shard._env.begin() as txn:
-            return shard._clock(txn)
-
-    shard = RecycledShard(tmp_path / "file", 16 << 20)
-    for number in range(8):
-        shard.write([(record(number, 1 << 20), worth(1))], [])
-    assert clock(shard) == pytest.approx(0.5, rel=1e-3)
-    shard.touch({record(0, 0).name: 7})
-    with shard._env.begin() as txn:
-        entry = Entry.from_bytes(txn.get(record(0, 0).name, db=shard._entries) or b"")
-    assert entry.worth.uses == pytest.approx(clock(shard) + 1), "as two uses just now"
-    for number in range(8, 24):
-        shard.write([(record(number, 1 << 20), worth(-number))], [])
-    assert clock(shard) == pytest.approx(1.5, rel=1e-3)
-    assert shard.held([record(23, 0).name]) == [False]
-    before = clock(shard)
-    shard.copy_to(tmp_path / "copy", 16 << 20)
-    copy = RecycledShard(tmp_path / "copy", 16 << 20)
-    assert clock(copy) == pytest.approx(before)
-    shard.close()
-    copy.close()
 
 
 def test_a_stuck_reader_costs_writes_and_nothing_else(disk: RecycledDisk, tmp_path: Path) -> None:
@@ -376,24 +268,12 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         target = Record.make(name, b"ids", rng.integers(0, 256, 30_000, np.uint8))
         disk.write([(target, worth())])
         begin = int(rng.integers(0, 16_000))
-        assert flip(tmp_path, target.payload[begin : begin + 64].tobytes())
+        assert flip_bit(tmp_path, target.payload[begin : begin + 64].tobytes())
         found = disk.read(name, None)
         assert found is not None
         assert (found[0].payload != target.payload).sum() == 1
         assert found[0].fault(b"ids") == "checksum"
     disk.close()
-
-
-def flip(folder: Path, needle: bytes) -> bool:
-    """Flips a bit of the first byte of what is to be found in one of the files."""
-    for file in folder.glob("shard-*.lmdb"):
-        position = file.read_bytes().find(needle)
-        if position >= 0:
-            with file.open("r+b") as raw:
-                raw.seek(position)
-                raw.write(bytes([needle[0] ^ 4]))
-            return True
-    return False
 
 
 def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
@@ -440,7 +320,7 @@ def test_a_full_file_system_fails_writes_and_nothing_else(
 ) -> None:
     disk.write([(record(1, 5000), worth())])
     monkeypatch.setattr(
-        "scone.cache.recycled_shard.RecycledShard._put",
+        "scone.cache.shard_states.ShardStates.put",
         lambda *_: (_ for _ in ()).throw(lmdb.DiskError("No space left on device")),
     )
     assert disk.write([(record(2, 5000), worth())]) == {record(2, 1).name: "failed"}

@@ -14,6 +14,7 @@ from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_record import state_key
 from scone.cache.recycled_store import RecycledStore
+from tests.cache.damage import flip_bit
 
 CONFIG = RecycledConfig(disk_bytes=64 << 20)
 IDS = np.arange(16, dtype=np.int32)
@@ -63,13 +64,7 @@ def test_a_flipped_bit_on_disk_is_a_miss_and_a_counter(tmp_path: Path) -> None:
     with RecycledStore.open(tmp_path, CONFIG, MemoryBudget(0)) as store:
         store.write("blocks", key(0), IDS, payload(0), cost_seconds=1)
         assert store.flush(10)
-        needle = payload(0)[100:164].tobytes()
-        for file in tmp_path.glob("shard-*.lmdb"):
-            position = file.read_bytes().find(needle)
-            if position >= 0:
-                with file.open("r+b") as raw:
-                    raw.seek(position)
-                    raw.write(bytes([needle[0] ^ 1]))
+        assert flip_bit(tmp_path, payload(0)[100:164].tobytes())
         assert store.read("blocks", key(0), IDS) is None
         assert store.stats.damaged["blocks", "checksum"] == 1
         assert store.stats.misses["blocks"] == 1

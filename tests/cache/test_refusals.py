@@ -31,7 +31,7 @@ READ = """
     with FGramTable.open(sys.argv[1], TableConfig(disk_reader="direct")) as table:
         for _ in range(3):
             assert (table.rows(np.arange(3000)) == expected).all()
-        print(table._disk.method)
+        print(table._row_tiers.disk.method)
 """
 
 # A seccomp filter as containers have one: io_uring_setup (425 on every architecture) fails with EPERM.
@@ -116,6 +116,6 @@ def test_without_direct_reads_the_page_cache_serves(
     monkeypatch.setattr("scone.cache.direct_reader.os.open", refuse_direct)
     caplog.set_level(logging.INFO)
     with FGramTable.open(table, TableConfig(disk_reader="direct")) as direct:
-        assert isinstance(direct._disk, DirectReader)
+        assert isinstance(direct._row_tiers.disk, DirectReader)
         assert torch.equal(direct.rows(np.arange(3000)), expected)
     assert "using the page cache" in caplog.text

@@ -113,7 +113,7 @@ def test_the_commands(
     assert "perplexity" in out
     assert main(["prune", grown, "--out", cut, "--top", "700", "--min-count", "4"]) == 0
     with FGramTable.open(cut) as pruned:
-        assert pruned.closed
+        assert pruned.manifest.closed
         assert pruned.num_fgrams <= 700
         assert pruned.manifest.min_count >= 4
     row_bytes = SourceTable(Path(table)).manifest.row_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from scone.model_store.kronecker import (
     cut_bytes,
     pack_bytes,
 )
-from scone.model_store.model_config import ModelConfig
 from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.table_perplexity import TableInputs
@@ -155,32 +155,17 @@ def test_gradients_are_those_of_the_dense_product() -> None:
 
 
 @pytest.fixture(scope="module")
-def kronecker_path(main_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kronecker_path(
+    main_path: Path, random_decoder: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A random model with Kronecker embeddings in a Hugging Face folder, its tokenizer that of bytes."""
     tokenizer = open_checkpoint(main_path).tokenizer()
-    config = ModelConfig(
-        architecture="llama",
-        vocab_size=300,  # more ids than the tokenizer has
-        dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        ffn_dim=96,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position=256,
-        byte_positions=8,
-        tied_head=False,
-        eos_ids=(256,),
+    # its 300 ids are more than the tokenizer has
+    decoder = random_decoder(
+        num_layers=2, max_position=256, byte_positions=8, tied_head=False, eos_ids=(256,)
     )
-    torch.manual_seed(0)
-    decoder = Decoder(config)
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
     path = tmp_path_factory.mktemp("kronecker")
-    save_hf_folder(path, decoder.requires_grad_(False), tokenizer)
+    save_hf_folder(path, decoder, tokenizer)
     return path
 
 

@@ -204,12 +204,7 @@ def test_killed_at_any_moment_there_is_no_table_or_a_whole_one(
 
 
 def test_an_unfinished_build_is_no_table(tmp_path: Path, zipf_fgrams: FGramSet) -> None:
-    inputs: dict[str, Any] = {
-        "dim": 64,
-        "dtype": "float32",
-        "model_hash": "6d" * 32,
-        "tokenizer_hash": "74" * 32,
-    }
+    inputs: dict[str, Any] = {"dim": 64, "dtype": "float32", **HASHES}
     with TableWriter.create(tmp_path / "t", zipf_fgrams, **inputs) as writer:
         writer.append(torch.zeros(5, 64))
     with pytest.raises(TableError, match="is incomplete"):
@@ -245,12 +240,7 @@ def test_a_build_with_other_inputs_or_a_second_one_is_refused(
 
 
 def test_rows_that_cannot_be_are_refused(tmp_path: Path, fgram_set: MakeSet) -> None:
-    inputs: dict[str, Any] = {
-        "dim": 4,
-        "dtype": "float32",
-        "model_hash": "6d" * 32,
-        "tokenizer_hash": "74" * 32,
-    }
+    inputs: dict[str, Any] = {"dim": 4, "dtype": "float32", **HASHES}
     with pytest.raises(TableError, match="empty"):
         TableWriter.create(tmp_path / "t", fgram_set({}), **inputs)
     with TableWriter.create(tmp_path / "t", fgram_set({(1, 2): 3}), **inputs) as writer:

@@ -291,7 +291,7 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
         )
         engine.start()
         metrics.watch_engine(engine.stats)
-        metrics.watch_table(TableCollector(table))
+        metrics.watch(TableCollector(table))
         model = ServedModel(
             name="tiny",
             engine=engine,
@@ -303,7 +303,7 @@ def serve_real(serve: Serve, tiny_decoder: Decoder, tokenizer: Tokenizer, served
             recycled=None if store is None else served_recycled("store", store, engine),
         )
         if store is not None:
-            metrics.watch_recycled(RecycledCollector(store))
+            metrics.watch(RecycledCollector(store))
         try:
             with serve(model, metrics, **config) as server:
                 yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,28 +16,11 @@ from scone.model_store.count import count_fgrams
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_model import FGramModel
 from scone.model_store.hf_folder import save_hf_folder
-from scone.model_store.model_config import ModelConfig
 from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.tokenizer import Tokenizer
 
 from .process import Process
 
-CONFIG = ModelConfig(
-    architecture="llama",
-    vocab_size=49_152,
-    dim=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    ffn_dim=96,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position=256,
-    byte_positions=32,
-    tied_head=False,
-    eos_ids=(0,),
-)
 PROMPT = "def join(path):\n    return os.path.join(path, 'é€😀')"
 
 
@@ -46,15 +30,20 @@ def tokenizer(smollm2_path: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def paths(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def paths(
+    tokenizer: Tokenizer, random_decoder: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """A random model's SCONE folder, and its table."""
     folder = tmp_path_factory.mktemp("kronecker")
-    torch.manual_seed(0)
-    decoder = Decoder(CONFIG)
-    for parameter in decoder.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    save_hf_folder(folder / "main", decoder.requires_grad_(False), tokenizer)
+    decoder = random_decoder(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=2,
+        max_position=256,
+        byte_positions=32,
+        tied_head=False,
+        eos_ids=(0,),
+    )
+    save_hf_folder(folder / "main", decoder, tokenizer)
     main = open_checkpoint(folder / "main")
     model = FGramModel.from_decoder(main.decoder(), num_layers=1, max_n=3)
     torch.nn.init.normal_(model.output.weight, std=0.3)

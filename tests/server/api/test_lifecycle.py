@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import save_file
 
 from scone.model_store.decoder import Decoder
+from scone.model_store.hf_folder import save_hf_folder
 from scone.model_store.tokenizer import Tokenizer
 
 from .process import Process
@@ -26,38 +25,8 @@ from .process import Process
 def checkpoint(tiny_decoder: Decoder, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    folder.mkdir()
-    config = tiny_decoder.config
-    described = {
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.ffn_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_position,
-        "tie_word_embeddings": True,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(described))
-    save_file(
-        {hf_name(n): t.clone() for n, t in tiny_decoder.state_dict().items()}, folder / "model.safetensors"
-    )
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "chat_template": tokenizer.chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_hf_folder(folder, tiny_decoder, tokenizer)
     return folder
-
-
-def hf_name(name: str) -> str:
-    """The decoder's name of a weight as Hugging Face's Llama has it."""
-    name = re.sub(r"\.([qkvo]_proj)\.", r".self_attn.\1.", name)
-    name = re.sub(r"\.((?:gate|up|down)_proj)\.", r".mlp.\1.", name)
-    name = name.replace("attention_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm")
-    return "model." + name
 
 
 @pytest.fixture

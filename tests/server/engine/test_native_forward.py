@@ -96,6 +96,7 @@ PROMPTS = [random_prompt(seed, length, high=200) for seed, length in enumerate((
         {},
         {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8},
         {"num_heads": 2, "num_kv_heads": 1, "head_dim": 72, "dim": 40, "ffn_dim": 50},
+        {"num_heads": 16, "num_kv_heads": 1, "head_dim": 24},
         {"attention_bias": True, "output_bias": True, "mlp_bias": True, "tied_head": False},
         {"qk_norm": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ],
@@ -127,9 +128,31 @@ def test_avx512_gives_the_bits_of_avx2(quantization: str, monkeypatch: pytest.Mo
     states = []
     for name in ("avx512", "avx2"):
         use_instruction_set(name, monkeypatch)
-        config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
+        config = replace(CONFIG, quantization=quantization, block_size=16, max_num_seqs=16)  # type: ignore[arg-type]
         states.append(torch.cat(hidden_states(ModelRunner(decoder, config), PROMPTS, [16, 33])))
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64},
+        {"num_heads": 7, "num_kv_heads": 1, "head_dim": 40},  # no whole number of tokens in a tile
+        {"num_heads": 16, "num_kv_heads": 1, "head_dim": 24},  # a token has more queries than a tile
+        {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8},
+    ],
+)
+def test_same_bits_with_blocks_of_any_size(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 tokens are taken by the widest vectors, of 8 by narrower ones, the rest one by one."""
+    decoder = random_decoder(**shape)
+    for name in INSTRUCTION_SETS:
+        use_instruction_set(name, monkeypatch)
+        of_sizes = []
+        for size in (8, 12, 16, 20, 24, 32):
+            config = replace(CONFIG, block_size=size, max_num_seqs=16)
+            of_sizes.append(torch.cat(hidden_states(ModelRunner(decoder, config), PROMPTS, [16, 33])))
+        assert all(torch.equal(of_sizes[0], states) for states in of_sizes[1:])
+        monkeypatch.undo()
 
 
 @pytest.mark.usefixtures("_instruction_set")
