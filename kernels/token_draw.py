@@ -20,7 +20,7 @@ from scone.kernels.extension import native
 from scone.kernels.packed_linear import Workspace
 
 WEIGHT_BITS = 44
-"""The greatest token of a row weighs 2^44, so that 2^18 tokens of that weight still make an int64."""
+"""The greatest token of a row weighs 2^44, so that less than 2^19 of them still make an int64."""
 
 
 class Draw(NamedTuple):

@@ -19,7 +19,8 @@ using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 template <class Body>
 void for_rows(Workspace& space, const Array<const float, 2>& logits, const Body& body) {
     const int rows = int(logits.shape(0)), size = int(logits.shape(1));
-    if (size < 1) throw std::invalid_argument("logits are not (rows, vocabulary)");
+    // Beyond that the sum of all weights might not fit 63 bits.
+    if (size < 1 || size >= 1 << 19) throw std::invalid_argument("logits are not of 1 to 2^19 - 1 tokens");
     nb::gil_scoped_release release;
     if (rows == 1) {  // waking the others would take as long
         RowSampler sampler(space.kernels, size);

@@ -91,6 +91,13 @@ def test_a_whole_vocabulary_is_drawn_from_alike(workspaces: list[Workspace], sca
 
 
 @needs_native
+def test_the_largest_vocabulary_is_drawn_from_to_its_end(workspaces: list[Workspace]) -> None:
+    logits = torch.zeros(1, 2**19 - 1)
+    for draw in (Draw(1.0, number=1 - 2**-53), Draw(1.0, top_p=1 - 2**-53, number=1 - 2**-53)):
+        assert [draw_tokens(w, logits, [draw]) for w in workspaces] == [[2**19 - 2]] * len(workspaces)
+
+
+@needs_native
 def test_a_row_draws_alone_what_it_draws_with_others_on_any_threads() -> None:
     logits = torch.stack([row_of(i, 5000, "normal", 3.0) for i in range(40)])
     draws = [
@@ -153,5 +160,7 @@ def test_shapes_are_checked() -> None:
     workspace = Workspace(1)
     with pytest.raises(ValueError, match="draws are not"):
         draw_tokens(workspace, torch.zeros(2, 5), [Draw()])
+    with pytest.raises(ValueError, match="1 to 2\\^19 - 1 tokens"):
+        draw_tokens(workspace, torch.zeros(1, 1 << 19), [Draw()])
     with pytest.raises(ValueError, match="not in the vocabulary"):
         log_probabilities(workspace, torch.zeros(1, 5), [5], 0)
