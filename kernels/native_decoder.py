@@ -84,7 +84,8 @@ class NativeDecoder:
         positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
         A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
         Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
-        `embeddings` are the states after so many layers, and only the layers from there on are run.
+        `embeddings` are the states after so many layers, and only the layers from there on are run. Of tokens
+        that are not wanted (`batch.num_wanted`) the last of them computes no more than keys and values.
         """
         self._native.forward(
             embeddings,
@@ -92,6 +93,7 @@ class NativeDecoder:
             batch.query_starts,
             batch.context_lens,
             batch.block_tables,
+            batch.num_wanted,
             k_cache,
             v_cache,
             first_layer,

@@ -27,6 +27,8 @@ class PagedBatch:
         block_tables: (num_seqs, max_blocks) int32; what lies past the context is never read.
         slots: (num_tokens,) integers, where this step's keys and values go.
         tiles: (3, num_tiles) int32, for kernels that run by tiles: sequence, first query, number of queries.
+        num_wanted: (num_seqs,) int32: hidden states are asked for of so many last queries of each sequence,
+            and a forward pass may leave anything in place of the others; None: of all.
     """
 
     query_starts: Tensor
@@ -34,6 +36,7 @@ class PagedBatch:
     block_tables: Tensor
     slots: Tensor
     tiles: Tensor | None = None
+    num_wanted: Tensor | None = None
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -1,11 +1,12 @@
 """What the native kernels take of a step: `python -m load_tests.kernel_speed --model MODEL`
 
-Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences and
-the prefill of one prompt, for each quantisation and each instruction set that the processor has. The head is
-asked for greedy tokens, as most steps do. Times are the least and the median over rounds in which all of them
-take turns; layers and head follow each other, so that neither finds its weights in the caches unless both
-fit. `gflops` counts two operations a weight of the maps used; `gbs` the bytes of their packed weights, which
-a step of few sequences reads once. The last line is one JSON object.
+Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences, the
+prefill of one prompt, and the same where all its hidden states are asked for, for each quantisation and each
+instruction set that the processor has. The head is asked for greedy tokens, as most steps do. Times are the
+least and the median over rounds in which all of them take turns; layers and head follow each other, so that
+neither finds its weights in the caches unless both fit. `gflops` counts two operations a weight of the maps
+used; `gbs` the bytes of their packed weights, which a step of few sequences reads once. The last line is one
+JSON object.
 
 What the machine itself can do is measured beside: a large float32 product and the sum of a large array, by
 torch with as many threads.
@@ -40,12 +41,15 @@ ROUND_SECONDS = 0.1
 
 
 class Step(NamedTuple):
-    """One step: `num_seqs` sequences, each with `num_tokens` new tokens at the end of its context."""
+    """One step: `num_seqs` sequences, each with `num_tokens` new tokens at the end of its context, of which
+    the hidden states of the last `num_wanted` are asked for.
+    """
 
     name: str
     num_seqs: int
     num_tokens: int
     context_len: int
+    num_wanted: int = 1
 
 
 STEPS = (
@@ -55,6 +59,7 @@ STEPS = (
     Step("decode 32 after 1500", 32, 1, 1501),
     Step("prefill 512", 1, 512, 512),
     Step("prefill 512 after 1500", 1, 512, 2012),
+    Step("score 512", 1, 512, 512, num_wanted=512),
 )
 
 
@@ -97,6 +102,7 @@ class Bench:
             context_lens=torch.full((step.num_seqs,), step.context_len, dtype=torch.int32),
             block_tables=torch.arange(step.num_seqs * blocks, dtype=torch.int32).view(step.num_seqs, blocks),
             slots=torch.empty(0, dtype=torch.int64),  # the native kernels find them in the block tables
+            num_wanted=torch.full((step.num_seqs,), step.num_wanted, dtype=torch.int32),
         )
         positions = torch.arange(first, step.context_len, dtype=torch.int32).repeat(step.num_seqs)
         embeddings = torch.randn(num_rows, self._dim, generator=torch.Generator().manual_seed(0))

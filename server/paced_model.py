@@ -92,6 +92,7 @@ class PacedModel:
     device = torch.device("cpu")
     dtype = torch.bfloat16
     state_identity = StateIdentity(model_hash="", tokenizer_hash="", compute="paced")
+    workspace = None
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_set import FGramSet, rank_order
 from scone.model_store.model_config import ModelConfig
 from scone.model_store.table_writer import TableWriter
+from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
 
 ROOT = Path(__file__).parent.parent
 MODEL_HASH, TOKENIZER_HASH = "6d" * 32, "74" * 32
@@ -87,6 +88,22 @@ def make_decoder(**shape: Any) -> Decoder:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return decoder.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """Three special tokens (2 ends a text), then the 256 bytes."""
+    characters = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+    return tokenizer_from_vocabulary(
+        pieces=["<unk>", "<s>", "</s>", *(characters[b] for b in range(256))],
+        piece_types=[3, 3, 3] + [1] * 256,
+        merges=[],
+        pre_tokenizer="gpt-2",
+        bos_id=1,
+        add_bos=False,
+        eos_ids=(2,),
+        chat_template=None,
+    )
 
 
 @pytest.fixture(scope="session")

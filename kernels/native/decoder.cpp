@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 
 #include "best_output.hpp"
+#include "wanted_tokens.hpp"
 #include "workspace.hpp"
 
 namespace nb = nanobind;
@@ -98,9 +100,11 @@ public:
     }
 
     // hidden (num_tokens, dim): states before layer first_layer in (embeddings, where that is 0), states after
-    // the first num_layers out; after all, normalised.
+    // the first num_layers out; after all, normalised. With num_wanted (num_seqs,), only those of so many last
+    // tokens of each sequence: of the others the last layer computes no more than keys and values.
     void forward(MutableMatrix hidden, Indices positions, Indices query_starts, Indices context_lens,
-                 Tables block_tables, Cache k_cache, Cache v_cache, size_t first_layer, size_t num_layers) {
+                 Tables block_tables, std::optional<Indices> num_wanted, Cache k_cache, Cache v_cache,
+                 size_t first_layer, size_t num_layers) {
         want(num_layers <= layers_.size(), "num_layers is more than the decoder has");
         want(first_layer <= num_layers, "first_layer is more than num_layers");
         Step step;
@@ -116,11 +120,18 @@ public:
         step.keys = k_cache.data();
         step.values = v_cache.data();
         check(step, hidden, positions, query_starts, context_lens, block_tables, k_cache, v_cache);
-        tiles_.clear();
+        want(!num_wanted || num_wanted->size() == context_lens.size(), "num_wanted is not (num_seqs,)");
         const int per_tile = std::max(1, kTileQueries * shape_.num_kv_heads / shape_.num_heads);
-        for (int seq = 0; seq < int(context_lens.size()); ++seq)
-            for (int r = query_starts.data()[seq], end = query_starts.data()[seq + 1]; r < end; r += per_tile)
-                tiles_.push_back({r, std::min(per_tile, end - r), seq});
+        tiles_.clear();
+        wanted_.clear();
+        for (int seq = 0; seq < int(context_lens.size()); ++seq) {
+            const int begin = query_starts.data()[seq], end = query_starts.data()[seq + 1];
+            const int count = num_wanted ? num_wanted->data()[seq] : end - begin;
+            want(count >= 0 && count <= end - begin, "num_wanted is not from 0 to the number of queries");
+            add_tiles(tiles_, begin, end, per_tile, seq);
+            wanted_.add(end - count, end, per_tile, seq, positions.data());
+        }
+        step.tiles = &tiles_;
         reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()),
                 step.block_size);
         nb::gil_scoped_release release;
@@ -128,13 +139,9 @@ public:
     }
 
 private:
-    // Consecutive tokens of one sequence that attend together.
-    struct Tile {
-        int first_row, num_rows, sequence;
-    };
-
     struct Step {
         int rows, table_width, block_size;
+        const std::vector<TokenTile>* tiles;
         float* hidden;
         const int32_t *positions, *block_tables;
         size_t cache_layer, first_layer, num_layers;
@@ -196,8 +203,8 @@ private:
     void rotate_and_store(const Step& step, const Layer& layer, size_t cache_offset) {
         const Shape& s = shape_;
         const size_t run = size_t(step.block_size) * s.head_dim;
-        space_.team.share(int(tiles_.size()), 1, [&](int item, int) {
-            const Tile& tile = tiles_[item];
+        space_.team.share(int(step.tiles->size()), 1, [&](int item, int) {
+            const TokenTile& tile = (*step.tiles)[item];
             for (int r = tile.first_row; r < tile.first_row + tile.num_rows; ++r) {
                 const int position = step.positions[r];
                 const float* cos = cos_.data() + size_t(position) * (s.head_dim / 2);
@@ -226,7 +233,7 @@ private:
 
     void attend(const Step& step, size_t cache_offset, int thread) {
         const Shape& s = shape_;
-        const int group = s.num_heads / s.num_kv_heads, num_tiles = int(tiles_.size());
+        const int group = s.num_heads / s.num_kv_heads, num_tiles = int(step.tiles->size());
         const size_t width = size_t(s.num_heads) * s.head_dim;
         const CacheView cache{step.keys + cache_offset, step.values + cache_offset, s.num_kv_heads,
                               step.block_size, s.head_dim};
@@ -234,7 +241,7 @@ private:
             // Head by head, so that one head's keys and values stay in the second-level cache for all tiles;
             // long contexts first, so that no thread is left with one at the end.
             const int h = item / num_tiles;
-            const Tile& tile = tiles_[num_tiles - 1 - item % num_tiles];
+            const TokenTile& tile = (*step.tiles)[num_tiles - 1 - item % num_tiles];
             const size_t at = size_t(tile.first_row) * width + size_t(h) * group * s.head_dim;
             const QueryTile queries{q_.get() + at,
                                     attended_.get() + at,
@@ -251,7 +258,22 @@ private:
         space_.team.barrier();
     }
 
-    void run(const Step& step, int thread) {
+    // The step with the wanted rows alone, for all that follows its queries, keys and values.
+    Step narrowed(const Step& step, int thread) {
+        if (thread == 0) {
+            wanted_.to_front(step.hidden, shape_.dim);
+            wanted_.to_front(q_.get(), size_t(shape_.num_heads) * shape_.head_dim);
+        }
+        space_.team.barrier();
+        Step narrow = step;
+        narrow.rows = wanted_.size();
+        narrow.positions = wanted_.positions();
+        narrow.tiles = &wanted_.tiles();
+        return narrow;
+    }
+
+    void run(const Step& whole, int thread) {
+        Step step = whole;
         const auto kind = [](const PackedLinear* map) { return map->weights().inputs; };
         const auto as_it_is = [](int, int) {};
         const int width = shape_.num_heads * shape_.head_dim, ffn_dim = shape_.ffn_dim;
@@ -260,6 +282,7 @@ private:
             prepare_normed(step, layer.attention_norm, kind(layer.q));
             multiply(space_, prepared_, step.rows, {{layer.q, q_.get()}, {layer.k, k_.get()}, {layer.v, v_.get()}});
             rotate_and_store(step, layer, i * step.cache_layer);
+            if (i + 1 == step.num_layers && wanted_.size() < step.rows) step = narrowed(step, thread);
             attend(step, i * step.cache_layer, thread);
             space_.prepare(kind(layer.o), attended_.get(), step.rows, width, prepared_, as_it_is);
             multiply(space_, prepared_, step.rows, {{layer.o, step.hidden, true}});
@@ -271,13 +294,16 @@ private:
             });
             multiply(space_, prepared_, step.rows, {{layer.down, step.hidden, true}});
         }
-        if (step.num_layers < layers_.size()) return;
-        space_.team.share(step.rows, kStrip, [&](int begin, int end) {
-            for (int r = begin; r < end; ++r) {
-                float* row = step.hidden + size_t(r) * shape_.dim;
-                space_.kernels->rms_norm(row, final_norm_.data(), shape_.norm_eps, shape_.dim, row);
-            }
-        });
+        if (step.num_layers == layers_.size()) {
+            space_.team.share(step.rows, kStrip, [&](int begin, int end) {
+                for (int r = begin; r < end; ++r) {
+                    float* row = step.hidden + size_t(r) * shape_.dim;
+                    space_.kernels->rms_norm(row, final_norm_.data(), shape_.norm_eps, shape_.dim, row);
+                }
+            });
+            space_.team.barrier();
+        }
+        if (thread == 0 && step.rows < whole.rows) wanted_.to_places(step.hidden, shape_.dim);
     }
 
     Workspace& space_;
@@ -285,7 +311,8 @@ private:
     const std::vector<float> final_norm_, cos_, sin_;
     const int max_positions_;
     std::vector<Layer> layers_;
-    std::vector<Tile> tiles_;
+    std::vector<TokenTile> tiles_;
+    WantedTokens wanted_;
     Activations prepared_{};
     size_t scores_stride_ = 0, scratch_stride_ = 0;
     std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scratch_;
@@ -361,7 +388,9 @@ void register_decoder(nb::module_& m) {
              nb::keep_alive<1, 2>())
         .def("add_layer", &NativeDecoder::add_layer, nb::arg("attention_norm"), nb::arg("ffn_norm"),
              nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("maps"))
-        .def("forward", &NativeDecoder::forward);
+        .def("forward", &NativeDecoder::forward, nb::arg("hidden"), nb::arg("positions"), nb::arg("query_starts"),
+             nb::arg("context_lens"), nb::arg("block_tables"), nb::arg("num_wanted").none(), nb::arg("k_cache"),
+             nb::arg("v_cache"), nb::arg("first_layer"), nb::arg("num_layers"));
 }
 
 }  // namespace scone

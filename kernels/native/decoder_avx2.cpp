@@ -20,6 +20,7 @@ namespace avx2 {
 #include "linear_kernels.inl"
 #include "tile.inl"
 #include "row_kernels.inl"
+#include "sampling_kernels.inl"
 #include "attention_kernels.inl"
 }  // namespace avx2
 }  // namespace scone
@@ -36,7 +37,7 @@ const DecoderKernels* decoder_kernels_avx2() {
 #ifdef SCONE_AVX2
     static const DecoderKernels kernels = {
         "avx2", avx2::tile, avx2::prepare, avx2::rms_norm, avx2::silu_mul, avx2::rotate, avx2::attend,
-        avx2::greatest, nullptr,
+        avx2::greatest, avx2::greatest_of_chunk, avx2::weigh_chunk, nullptr,
     };
     const bool has_it = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     return has_it && __builtin_cpu_supports("f16c") ? &kernels : nullptr;

@@ -25,6 +25,7 @@ namespace avx512 {
 #include "linear_avx512.inl"
 #include "tile.inl"
 #include "row_kernels.inl"
+#include "sampling_kernels.inl"
 #include "attention_kernels.inl"
 }  // namespace avx512
 }  // namespace scone
@@ -42,7 +43,7 @@ const DecoderKernels* decoder_kernels_avx512() {
     static const DecoderKernels kernels = {
         "avx512",         avx512::tile,   avx512::prepare, avx512::rms_norm,
         avx512::silu_mul, avx512::rotate, avx512::attend,
-        avx512::greatest, avx512::screen,
+        avx512::greatest, avx512::greatest_of_chunk, avx512::weigh_chunk, avx512::screen,
     };
     const bool has_it = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -13,6 +13,7 @@ constexpr int kPanel = 16;     // output columns per panel of packed weights
 constexpr int kGroup = 32;     // inputs that share a scale
 constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
 constexpr int kTileQueries = 12;  // queries of tokens that attend together, or those of one token if it has more
+constexpr int kSampledChunk = 64;  // logits that sampling looks at together
 constexpr int kRowBlock = 96;  // rows per tile: their activations stay in the second-level cache
 
 // How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
@@ -91,6 +92,11 @@ struct DecoderKernels {
     void (*attend)(const QueryTile&, const CacheView&, float scale);
     // Of 16 values; NaN if one of them is.
     float (*greatest)(const float* x);
+    // Of kSampledChunk values; NaN if one of them is.
+    float (*greatest_of_chunk)(const float* x);
+    // weights (kSampledChunk,) = e^(x / temperature - highest) in units of 2^-44, 0 where x / temperature is below
+    // the floor; their sum. No x / temperature is above the highest.
+    int64_t (*weigh_chunk)(const float* x, float temperature, float highest, float floor, int64_t* weights);
     // For a panel of int8 weights and a block of rows rounded to int8, with bounds of the error: norms (16,) of the
     // weights, slack (rows,) of each row. high (rows,) = what no output of the panel exceeds; low (rows,) = what
     // some output reaches, if that is more than it was. offsets [block][group][row] = -128 * the sum of the row's

@@ -8,6 +8,7 @@ namespace portable {
 #include "linear_kernels.inl"
 #include "tile.inl"
 #include "row_kernels.inl"
+#include "sampling_kernels.inl"
 #include "attention_kernels.inl"
 }  // namespace portable
 
@@ -15,7 +16,7 @@ const DecoderKernels* decoder_kernels_portable() {
     static const DecoderKernels kernels = {
         "portable",         portable::tile,   portable::prepare, portable::rms_norm,
         portable::silu_mul, portable::rotate, portable::attend,
-        portable::greatest, nullptr,
+        portable::greatest, portable::greatest_of_chunk, portable::weigh_chunk, nullptr,
     };
     return &kernels;
 }

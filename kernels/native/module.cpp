@@ -13,6 +13,7 @@ void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
 void register_read_queue(nb::module_&);
 void register_state_read(nb::module_&);
+void register_token_draw(nb::module_&);
 }  // namespace scone
 
 NB_MODULE(_native, m) {
@@ -26,4 +27,5 @@ NB_MODULE(_native, m) {
     scone::register_ngram_count(m);
     scone::register_read_queue(m);
     scone::register_state_read(m);
+    scone::register_token_draw(m);
 }

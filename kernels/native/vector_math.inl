@@ -70,6 +70,14 @@ static inline wide fma(wide a, wide b, wide c) {
 }
 #endif
 
+// How a * b + c is rounded: once, where the instruction set can, or twice, everywhere.
+struct Fused {
+    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return fma8(a, b, c); }
+};
+struct Unfused {
+    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
+};
+
 static inline f32x8 max8(f32x8 a, f32x8 b) { return a > b ? a : b; }
 
 // Lane i becomes lane i ^ kDistance.
@@ -99,20 +107,21 @@ static inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8)
 
 // e^x by range reduction and a degree-5 polynomial (the coefficients of Cephes' expf); relative error
 // below 2e-7, zero below -87.3; NaN stays NaN.
+template <class Rounding = Fused>
 static inline f32x8 exp8(f32x8 x) {
     const f32x8 is_small = (f32x8)(x < splat(-87.3f));
     const f32x8 bounded = x < splat(-87.3f) ? splat(-87.3f) : (x > splat(88.3f) ? splat(88.3f) : x);
     const f32x8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const f32x8 n = (bounded * splat(1.44269504088896341f) + magic) - magic;
-    f32x8 r = fma8(n, splat(-0.693359375f), bounded);
-    r = fma8(n, splat(2.12194440e-4f), r);
+    f32x8 r = Rounding::multiply_add(n, splat(-0.693359375f), bounded);
+    r = Rounding::multiply_add(n, splat(2.12194440e-4f), r);
     f32x8 p = splat(1.9875691500e-4f);
-    p = fma8(p, r, splat(1.3981999507e-3f));
-    p = fma8(p, r, splat(8.3334519073e-3f));
-    p = fma8(p, r, splat(4.1665795894e-2f));
-    p = fma8(p, r, splat(1.6666665459e-1f));
-    p = fma8(p, r, splat(5.0000001201e-1f));
-    p = fma8(p, r * r, r + splat(1.0f));
+    p = Rounding::multiply_add(p, r, splat(1.3981999507e-3f));
+    p = Rounding::multiply_add(p, r, splat(8.3334519073e-3f));
+    p = Rounding::multiply_add(p, r, splat(4.1665795894e-2f));
+    p = Rounding::multiply_add(p, r, splat(1.6666665459e-1f));
+    p = Rounding::multiply_add(p, r, splat(5.0000001201e-1f));
+    p = Rounding::multiply_add(p, r * r, r + splat(1.0f));
     const i32x8 exponent = __builtin_convertvector(n, i32x8);
     const f32x8 power = (f32x8)((exponent + 127) << 23);
     const f32x8 value = p * power;

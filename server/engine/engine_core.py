@@ -122,6 +122,7 @@ class EngineCore:
             token_ids=list(request.input_ids),
             root_hash=run.root if names_blocks else b"",
             reuse_prefix=not run.needs_all_positions,
+            wants_all_states=run.prompt_logprobs is not None or run.pooler is not None,
         )
         generation = self._sequences.begin(run, seq)
         scheduler.add(self.state, seq)
@@ -232,7 +233,8 @@ class EngineCore:
     def _fork(self, generation: Generation) -> list[Generation]:
         """The sequences to sample from this one's logits: itself and, the first time, its siblings."""
         run = generation.run
-        generation.seq.reuse_prefix = True  # the prompt is scored: from now on cached blocks will do
+        # The prompt is scored: from now on cached blocks will do, and the last token's state.
+        generation.seq.reuse_prefix, generation.seq.wants_all_states = True, False
         if len(run.generations) == run.request.n:
             return [generation]
         started = [generation]
@@ -244,6 +246,7 @@ class EngineCore:
                 token_ids=list(run.request.input_ids),
                 root_hash=generation.seq.root_hash,
                 num_cached_tokens=generation.seq.num_cached_tokens,
+                wants_all_states=False,
             )
             sibling = self._sequences.begin(run, seq)
             sibling.rows = None if generation.rows is None else generation.rows.fork()

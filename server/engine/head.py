@@ -29,7 +29,9 @@ def score_prompt(runner: Runner, run: RequestRun, chunk: Chunk, hidden: Tensor) 
         ids = targets[begin : begin + PROMPT_LOGITS_ROWS]
         logits = runner.logits(hidden[begin : begin + len(ids)])
         first = chunk.start + 1 + begin
-        run.prompt_logprobs[first : first + len(ids)] = token_logprobs(logits, ids, [num_top] * len(ids))
+        run.prompt_logprobs[first : first + len(ids)] = token_logprobs(
+            logits, ids, [num_top] * len(ids), runner.workspace
+        )
 
 
 def sample_tokens(
@@ -58,4 +60,4 @@ def sample_tokens(
         for i, ids in enumerate(restricted):
             if ids is not None:
                 logits[i] = runner.logits_of(hidden[i : i + 1], ids)[0]
-    return sample(logits, [sampler for sampler, _ in wanted])
+    return sample(logits, [sampler for sampler, _ in wanted], runner.workspace)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scone.cache.state_identity import StateIdentity
 from scone.kernels.extension import native
+from scone.kernels.packed_linear import Workspace
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.block_form import BlockForm
@@ -70,6 +71,8 @@ class Runner(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def state_identity(self) -> StateIdentity: ...
+    @property
+    def workspace(self) -> Workspace | None: ...
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
@@ -102,6 +105,7 @@ class ModelRunner:
         block_form: in which form blocks are kept, and why.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
+        workspace: threads for native kernels that sample; None: the backend is another.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
@@ -112,6 +116,7 @@ class ModelRunner:
         self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers
         self.backend = choose_backend(decoder, config)
         self._forward = _make_forward(self.backend, decoder, config)
+        self.workspace = self._forward.workspace if isinstance(self._forward, NativeForward) else None
         self.dtype = torch.float32 if self.backend == "native" else decoder.dtype
         block_bytes = shape.kv_bytes_per_token // 4 * self.dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
@@ -146,7 +151,8 @@ class ModelRunner:
     def forward(self, chunks: Sequence[Chunk], embeddings: Tensor, layers: LayerRange = ALL_LAYERS) -> Tensor:
         """Hidden states (num_tokens, dim); stores the chunks' keys and values. May reuse `embeddings`.
 
-        Those after the last of `layers`, as they are; after all layers, normalised.
+        Those after the last of `layers`, as they are; after all layers, normalised. Of each chunk only the
+        last `num_wanted` are sure to be there.
         """
         positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
         return self._forward.forward(
@@ -223,6 +229,7 @@ class ModelRunner:
             context_lens=torch.tensor(contexts, dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
             slots=torch.tensor(slots, device=self.device),
+            num_wanted=torch.tensor([c.num_wanted for c in chunks], dtype=torch.int32),
         )
 
 

@@ -28,6 +28,7 @@ class NativeForward:
     """Keeps nothing of the decoder but its embedding and head, so that the rest can be freed.
 
     Attributes:
+        workspace: the threads of all its kernels; for the engine's thread alone.
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
         layer_bytes, head_bytes: size of the packed weights of all layers, and of the head.
         arithmetic: names all that the bits of its results depend on besides weights and inputs.
@@ -47,13 +48,13 @@ class NativeForward:
             layers = list(pool.map(partial(_pack, quantization=quantization), decoder.layers))
         # The head decides among all tokens at once: 4 bits would cost more quality than they save time.
         head_quantization: Quantization = "int8" if quantization == "int4" else quantization
-        self._workspace = Workspace(num_threads, instruction_set=instruction_set)
+        self.workspace = Workspace(num_threads, instruction_set=instruction_set)
         self._embed_tokens = decoder.embed_tokens
         self._head_weight = decoder.lm_head.weight
         (self._head,) = _pack_maps([decoder.lm_head], head_quantization)
         cos, sin = (x[:, 0, : config.head_dim // 2] for x in decoder.rope(torch.arange(max_model_len)))
         self._decoder = NativeDecoder(
-            self._workspace,
+            self.workspace,
             layers,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -67,10 +68,10 @@ class NativeForward:
         self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
         self.head_bytes = self._head.num_bytes
         digest = hashlib.sha256(" ".join([*self.kinds, self._head.kind]).encode()).hexdigest()[:16]
-        self.arithmetic = f"native {self._workspace.instruction_set}, maps {digest}"
+        self.arithmetic = f"native {self.workspace.instruction_set}, maps {digest}"
         logger.info(
             "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",
-            self._workspace.instruction_set,
+            self.workspace.instruction_set,
             num_threads,
             (self.layer_bytes + self.head_bytes) >> 20,
             ", ".join(f"{number} {kind}" for kind, number in Counter(self.kinds).most_common()),
@@ -96,11 +97,11 @@ class NativeForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
-        return self._head(self._workspace, hidden)
+        return self._head(self.workspace, hidden)
 
     def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (n,) with the highest logits, and these (n,); no other logit leaves the processor."""
-        return self._head.best(self._workspace, hidden)
+        return self._head.best(self.workspace, hidden)
 
     def logits_of(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         """(n, len(token_ids)) float32; no other row of the head is read."""

@@ -43,6 +43,7 @@ class Sequence:
         token_ids: prompt and generated tokens.
         root_hash: what the hashes of its blocks are chained to.
         reuse_prefix: whether cached blocks may stand in for computing the prompt.
+        wants_all_states: whether the hidden states of all tokens are asked for, or only the last one's.
         num_computed_tokens: tokens whose keys and values are in its blocks.
         ready_from, ready_to: tokens in this range have their input rows staged (or need none).
         num_cached_tokens: tokens taken from the prefix cache or the store when it was first started.
@@ -55,6 +56,7 @@ class Sequence:
     token_ids: list[int]
     root_hash: bytes = b""
     reuse_prefix: bool = True
+    wants_all_states: bool = True
     num_computed_tokens: int = 0
     ready_from: int = 0
     ready_to: int = 0
@@ -92,6 +94,11 @@ class Chunk:
     def reaches_end(self) -> bool:
         """Whether the chunk's last token is the sequence's last, so that a next one can be sampled."""
         return self.start + self.num_tokens == len(self.seq.token_ids)
+
+    @property
+    def num_wanted(self) -> int:
+        """Hidden states of so many of its last tokens are asked for."""
+        return self.num_tokens if self.seq.wants_all_states else int(self.reaches_end)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from scone.cache.sim_device import SimDevice
 from scone.cache.staging_ring import SlotState
 from scone.kernels.gather import RowTarget
 from scone.model_store.decoder import CausalAttention, Decoder
-from scone.model_store.tokenizer import _BYTE_OF_CHARACTER, Tokenizer, tokenizer_from_vocabulary
+from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import RequestRun
@@ -37,21 +37,6 @@ from .restarts import Restarts
 
 NUM_SPECIALS = 3
 """Ids 0, 1, 2 are special (2 ends a generation); then the 256 bytes; the head has some ids more."""
-
-
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> Tokenizer:
-    characters = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
-    return tokenizer_from_vocabulary(
-        pieces=["<unk>", "<s>", "</s>", *(characters[b] for b in range(256))],
-        piece_types=[3, 3, 3] + [1] * 256,
-        merges=[],
-        pre_tokenizer="gpt-2",
-        bos_id=1,
-        add_bos=False,
-        eos_ids=(2,),
-        chat_template=None,
-    )
 
 
 class DictTable:

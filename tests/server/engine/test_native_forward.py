@@ -257,3 +257,46 @@ def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: py
     monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
     plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("num_layers", [None, 1])
+def test_wanted_states_are_the_bits_of_a_pass_that_computes_all(num_layers: int | None) -> None:
+    """Chunks of which all, some or no states are wanted; keys and values are stored of all tokens."""
+    prompts = [random_prompt(seed, 50, high=200) for seed in range(4)]
+    results = []
+    for wants_all in ((True, True, True, True), (False, True, False, False)):
+        runner = ModelRunner(random_decoder(), CONFIG)
+        seqs = [
+            Sequence(i, 0, prompt[:size], block_ids=list(range(15 - i, 60, 4)), wants_all_states=wants)
+            for i, (prompt, size, wants) in enumerate(zip(prompts, (50, 7, 11, 1), wants_all, strict=True))
+        ]
+        with torch.inference_mode():
+            chunks = [Chunk(s, 0, min(11, len(s.token_ids))) for s in seqs]
+            first = runner.forward(chunks, runner.embed(chunks), LayerRange(0, num_layers)).clone()
+            for seq in seqs:
+                seq.token_ids.append(5)
+            chunks = [Chunk(seqs[0], 11, 40), *(Chunk(s, len(s.token_ids) - 1, 1) for s in seqs[1:])]
+            assert [c.num_wanted for c in chunks] == ([40, 1, 1, 1] if wants_all[0] else [1, 1, 1, 1])
+            second = runner.forward(chunks, runner.embed(chunks), LayerRange(0, num_layers)).clone()
+        results.append((first, second, runner._kv_cache.clone()))
+    (first, second, cache), (some_first, some_second, its_cache) = results
+    wanted = [*range(11, 18), 28, 29]  # none of the first sequence, all of the second, the others' last
+    assert torch.equal(some_first[wanted], first[wanted])
+    assert not torch.equal(some_first, first)
+    assert torch.equal(some_second[39:], second[39:])
+    assert torch.equal(its_cache, cache)
+
+
+def test_more_wanted_states_than_tokens_are_refused() -> None:
+    runner = ModelRunner(random_decoder(), CONFIG)
+    chunk = Chunk(Sequence(0, 0, [1, 2], block_ids=[0]), 0, 2)
+    batch = replace(runner._paged_batch([chunk]), num_wanted=torch.tensor([3], dtype=torch.int32))
+    with torch.inference_mode(), pytest.raises(ValueError, match="num_wanted"):
+        runner._forward.forward(
+            runner.embed([chunk]),
+            torch.arange(2, dtype=torch.int32),
+            batch,
+            runner._kv_cache[0],
+            runner._kv_cache[1],
+        )

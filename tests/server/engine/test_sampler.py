@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scone.server.engine.batch_draw import choose_together
-from scone.server.engine.sampler import SamplerState, choose_each, sample, token_logprobs
+from scone.kernels.extension import native
+from scone.kernels.packed_linear import Workspace
+from scone.kernels.token_draw import draw_tokens
+from scone.server.engine.batch_draw import draw_together
+from scone.server.engine.logit_edits import EditedLogits
+from scone.server.engine.sampler import SamplerState, sample, token_logprobs
 from scone.server.sequence import SamplingParams
 
 VOCAB = 600
@@ -102,13 +106,61 @@ def test_penalties_by_their_formulas() -> None:
     for token in (7, 7, 8):
         one.append(token)
     adjusted = logits.clone()
-    one.adjust(adjusted)
+    edited = EditedLogits(adjusted[None], [one.edits])
     expected = logits.clone()
     for token in (5, 6, 7, 8):
         expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
     expected[7] -= 0.5 + 2 * 0.25
     expected[8] -= 0.5 + 0.25
     torch.testing.assert_close(adjusted, expected)
+    edited.restore()
+    assert torch.equal(adjusted, logits)
+
+
+def test_edits_of_many_sequences_are_laid_over_their_own_rows() -> None:
+    """Against the definition, token by token: bias, then minimum length, then penalties."""
+    params: list[dict[str, Any]] = [
+        {},
+        {"logit_bias": {2: 5.0, 7: -3.0}, "min_tokens": 3},
+        {"repetition_penalty": 1.3, "logit_bias": {i: 0.1 * i for i in range(40)}},
+        {"presence_penalty": -0.7, "min_tokens": 2, "stop_token_ids": (9, 11)},
+        {"repetition_penalty": 0.8, "frequency_penalty": 0.3, "ignore_eos": True, "min_tokens": 4},
+    ]
+    prompts = [tuple(range(10 * i, 10 * i + 25)) for i in range(len(params))]
+    states = [state(prompt, **p) for prompt, p in zip(prompts, params, strict=True)]
+    generated: list[list[int]] = [[] for _ in states]
+    for step in range(6):
+        raw = torch.stack([row(step * 10 + i) for i in range(len(states))])
+        expected = raw.clone()
+        for i, one in enumerate(states):
+            p = one.params
+            for token, bias in p.logit_bias.items():
+                expected[i, token] += bias
+            if step < p.min_tokens:
+                for token in (*(() if p.ignore_eos else (2,)), *p.stop_token_ids):
+                    expected[i, token] = -torch.inf
+            for token in {*prompts[i], *generated[i]} if p.repetition_penalty != 1.0 else ():
+                value = float(expected[i, token])
+                rate = p.repetition_penalty
+                expected[i, token] = value / rate if value > 0 else value * rate
+            for token, count in Counter(generated[i]).items():
+                expected[i, token] -= p.presence_penalty + p.frequency_penalty * count
+        logits = raw.clone()
+        edited = EditedLogits(logits, [one.edits for one in states])
+        torch.testing.assert_close(logits, expected)
+        edited.restore()
+        assert torch.equal(logits, raw)
+        for i, one in enumerate(states):
+            generated[i].append((step * 7 + i) % 30)
+            one.append(generated[i][-1])
+    assert [len(one.edits) == 0 for one in states] == [True, False, False, False, False]
+
+
+def test_a_sequence_that_may_end_takes_the_best_again() -> None:
+    one = state(temperature=0.0, min_tokens=2)
+    for expected in (False, False, True):
+        assert one.takes_the_best is expected
+        one.append(5)
 
 
 def test_bias_and_minimum_length() -> None:
@@ -128,6 +180,9 @@ def test_rows_that_are_not_finite_are_told_apart() -> None:
     rows[2, 3] = torch.inf
     tokens = [s.token_id for s in sample(rows, [state(temperature=0.0) for _ in range(3)])]
     assert tokens == [int(rows[0].argmax()), None, None]
+    rows[1, 17], rows[1, 2] = 0.0, torch.nan  # where the end is forbidden
+    waiting = state(temperature=0.0, min_tokens=1)
+    assert sample(rows[1:2], [waiting])[0].token_id is None
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -165,28 +220,48 @@ MIXED_PARAMS: list[dict[str, Any]] = [
 
 
 def test_a_batch_is_chosen_as_row_by_row() -> None:
-    """`choose_together`, which runs on CUDA, against its slow twin; each row alone as with the others."""
+    """`draw_together`, which runs on CUDA, against its slow twin; each row alone as with the others."""
 
     def states() -> list[SamplerState]:
         return [state((1, 2, 3), seed=i, **params) for i, params in enumerate(MIXED_PARAMS)]
 
-    together, each, alone = states(), states(), states()
+    each = states()
     for step in range(200):
         logits = torch.stack([row(step * len(each) + i) for i in range(len(each))])
-        expected = choose_each(logits, each)
-        assert choose_together(logits, together) == expected
-        assert [choose_together(logits[i : i + 1], [s])[0] for i, s in enumerate(alone)] == expected
-        for token_id, *ones in zip(expected, together, each, alone, strict=True):
+        edited = EditedLogits(logits, [one.edits for one in each])
+        draws = [one.next_draw() for one in each]
+        expected = draw_tokens(None, logits, draws)
+        assert draw_together(logits, draws) == expected
+        assert [draw_together(logits[i : i + 1], [d])[0] for i, d in enumerate(draws)] == expected
+        edited.restore()
+        for token_id, one in zip(expected, each, strict=True):
             assert token_id is not None
+            one.append(token_id)
+
+
+@pytest.mark.skipif(native is None, reason="the native extension was not built")
+def test_native_kernels_sample_what_their_oracle_does() -> None:
+    workspace = Workspace(2)
+
+    def states() -> list[SamplerState]:
+        return [state((1, 2, 3), seed=i, logprobs=i % 4, **params) for i, params in enumerate(MIXED_PARAMS)]
+
+    fast, slow = states(), states()
+    for step in range(30):
+        logits = torch.stack([row(step * len(fast) + i) for i in range(len(fast))])
+        tokens = sample(logits, fast, workspace)
+        assert tokens == sample(logits, slow)
+        for token, *ones in zip(tokens, fast, slow, strict=True):
+            assert token.token_id is not None
             for one in ones:
-                one.append(token_id)
+                one.append(token.token_id)
 
 
 def test_in_a_batch_only_rows_that_are_not_finite_get_no_token() -> None:
     logits = torch.stack([row(1), row(2), row(3)])
     logits[1, 5] = torch.nan
-    states = [state(seed=1, temperature=t) for t in (0.0, 0.0, 1.0)]
-    tokens = choose_together(logits, states)
+    draws = [state(seed=1, temperature=t).next_draw() for t in (0.0, 0.0, 1.0)]
+    tokens = draw_together(logits, draws)
     assert tokens[0] == int(logits[0].argmax())
     assert tokens[1] is None
     assert tokens[2] is not None
