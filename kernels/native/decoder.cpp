@@ -122,9 +122,9 @@ public:
         step.values = v_cache.data();
         check(step, hidden, positions, query_starts, context_lens, block_tables, k_cache, v_cache);
         want(!num_wanted || num_wanted->size() == context_lens.size(), "num_wanted is not (num_seqs,)");
-        const int per_tile = std::max(1, kTileQueries * shape_.num_kv_heads / shape_.num_heads);
         tiles_.clear();
         wanted_.clear();
+        const int per_tile = std::max(1, kTileQueries * shape_.num_kv_heads / shape_.num_heads);
         for (int seq = 0; seq < int(context_lens.size()); ++seq) {
             const int begin = query_starts.data()[seq], end = query_starts.data()[seq + 1];
             const int count = num_wanted ? num_wanted->data()[seq] : end - begin;

@@ -72,7 +72,7 @@ static inline wide fma(wide a, wide b, wide c) {
 
 // How a * b + c is rounded: once, where the instruction set can, or twice, everywhere.
 struct Fused {
-    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return fma8(a, b, c); }
+    static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return fma(a, b, c); }
 };
 struct Unfused {
     static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
