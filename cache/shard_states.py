@@ -42,10 +42,13 @@ class ShardStates:
 
     def __init__(self, env: lmdb.Environment) -> None:
         """Opens the databases, or makes them; raises lmdb.Error."""
-        self.entries = env.open_db(b"entries")
-        self._order = env.open_db(b"order")
-        self.chunks = env.open_db(b"chunks")
-        self._counts = env.open_db(b"counts")
+        # In a transaction of ours: while it waits for one of its own to begin, LMDB's binding keeps the
+        # interpreter's lock, and two processes that each open two files could wait for each other for ever.
+        with env.begin(write=True) as txn:
+            self.entries = env.open_db(b"entries", txn=txn)
+            self._order = env.open_db(b"order", txn=txn)
+            self.chunks = env.open_db(b"chunks", txn=txn)
+            self._counts = env.open_db(b"counts", txn=txn)
 
     def entry(self, txn: Any, name: bytes) -> memoryview | None:
         """The bytes of an entry, in a transaction with buffers valid until its end."""

@@ -16,6 +16,9 @@ from scone.kernels.extension import native
 from scone.kernels.packed_linear import PackedLinear, Workspace
 from scone.kernels.paged_attention import PagedBatch
 
+ATTENTION_SPAN: int = 0 if native is None else native.ATTENTION_SPAN
+"""Tokens of a context that attention takes together: sums of spans are added front to back."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:

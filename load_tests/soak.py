@@ -31,6 +31,13 @@ NUM_SAMPLES = 30
 MAX_TICK_SECONDS = 5.0
 """Longer silence of the clock means that the process did not run at all."""
 REQUEST_SECONDS = 3600.0
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 1.2, "top_k": 40, "min_p": 0.02, "seed": 7},
+    {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"28": -5}},
+    {"temperature": 0.6, "logprobs": 3, "min_tokens": 4},
+)
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "be", "from")
 
 
@@ -88,7 +95,8 @@ class Soak:
     def _body(self, **fields: Any) -> dict[str, Any]:
         words = self._draw.choices(WORDS, k=self._draw.randint(1, 200))
         length = self._draw.randint(1, 64)
-        return {"prompt": " ".join(words), "max_tokens": length, "ignore_eos": True, **fields}
+        sampling = self._draw.choice(SAMPLING)
+        return {"prompt": " ".join(words), "max_tokens": length, "ignore_eos": True, **sampling, **fields}
 
     async def _complete(self, **fields: Any) -> RequestRecord:
         return await complete(self.url, self._body(**fields), timeout_seconds=REQUEST_SECONDS)

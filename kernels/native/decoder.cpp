@@ -13,6 +13,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "best_output.hpp"
 #include "wanted_tokens.hpp"
@@ -128,19 +129,19 @@ public:
             const int begin = query_starts.data()[seq], end = query_starts.data()[seq + 1];
             const int count = num_wanted ? num_wanted->data()[seq] : end - begin;
             want(count >= 0 && count <= end - begin, "num_wanted is not from 0 to the number of queries");
-            add_tiles(tiles_, begin, end, seq, per_tile);
-            wanted_.add(end - count, end, seq, positions.data(), per_tile);
+            add_tiles(tiles_, begin, end, per_tile, seq);
+            wanted_.add(end - count, end, per_tile, seq, positions.data());
         }
         step.tiles = &tiles_;
-        reserve(step.rows, *std::max_element(context_lens.data(), context_lens.data() + context_lens.size()),
-                step.block_size);
+        step.num_spans = spans(*std::max_element(context_lens.data(), context_lens.data() + context_lens.size()));
+        reserve(step);
         nb::gil_scoped_release release;
         space_.team.run([&](int thread) { run(step, thread); });
     }
 
 private:
     struct Step {
-        int rows, table_width, block_size;
+        int rows, table_width, block_size, num_spans;  // spans of the longest context
         const std::vector<TokenTile>* tiles;
         float* hidden;
         const int32_t *positions, *block_tables;
@@ -175,8 +176,9 @@ private:
         }
     }
 
-    void reserve(int rows, int longest, int block_size) {
+    void reserve(const Step& step) {
         const Shape& s = shape_;
+        const int rows = step.rows;
         const int q_dim = s.num_heads * s.head_dim, kv_dim = s.num_kv_heads * s.head_dim;
         Workspace::grow(normed_, normed_size_, size_t(rows) * s.dim);
         Workspace::grow(q_, q_size_, size_t(rows) * q_dim);
@@ -185,9 +187,15 @@ private:
         Workspace::grow(attended_, attended_size_, size_t(rows) * q_dim);
         Workspace::grow(gate_, gate_size_, size_t(rows) * s.ffn_dim);
         Workspace::grow(up_, up_size_, size_t(rows) * s.ffn_dim);
-        scores_stride_ = size_t(longest) + block_size + 8;
-        scratch_stride_ = kTileQueries * (s.head_dim + scores_stride_);
+        scores_stride_ = kSpan + 2 * size_t(step.block_size) + 8;
+        scratch_stride_ = attention_scratch(s.head_dim, scores_stride_);
         Workspace::grow(scratch_, scratch_size_, scratch_stride_ * space_.team.size());
+        for (const std::vector<TokenTile>* tiles : {&std::as_const(tiles_), &wanted_.tiles()}) {
+            Step some = step;
+            some.tiles = tiles;
+            if (shares_contexts(some))
+                Workspace::grow(span_sums_, span_sums_size_, num_tiles(some) * step.num_spans * span_stride());
+        }
         prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
     }
 
@@ -231,31 +239,66 @@ private:
         space_.team.barrier();
     }
 
+    int num_tiles(const Step& step) const { return int(step.tiles->size()) * shape_.num_kv_heads; }
+
+    // Whether there are too few tiles to occupy all threads, and contexts that can be shared among these.
+    bool shares_contexts(const Step& step) const {
+        return step.num_spans > 1 && space_.team.size() > 1 && num_tiles(step) < 2 * space_.team.size();
+    }
+
+    // Floats of what a tile's queries have of one span.
+    size_t span_stride() const {
+        return size_t(std::max(kTileQueries, shape_.num_heads / shape_.num_kv_heads)) * (shape_.head_dim + kSumsTail);
+    }
+
+    // Head by head, so that one head's keys and values stay in the second-level cache for all tiles; long
+    // contexts first, so that no thread is left with one at the end.
+    QueryTile query_tile(const Step& step, int index, int thread) const {
+        const Shape& s = shape_;
+        const int count = int(step.tiles->size()), head = index / count, group = s.num_heads / s.num_kv_heads;
+        const TokenTile& tile = (*step.tiles)[count - 1 - index % count];
+        const size_t width = size_t(s.num_heads) * s.head_dim;
+        const size_t at = size_t(tile.first_row) * width + size_t(head) * group * s.head_dim;
+        return {q_.get() + at,
+                attended_.get() + at,
+                width,
+                tile.num_rows,
+                group,
+                step.positions[tile.first_row] + 1,
+                head,
+                step.block_tables + size_t(tile.sequence) * step.table_width,
+                scratch_.get() + thread * scratch_stride_,
+                scores_stride_};
+    }
+
     void attend(const Step& step, size_t cache_offset, int thread) {
         const Shape& s = shape_;
-        const int group = s.num_heads / s.num_kv_heads, num_tiles = int(step.tiles->size());
-        const size_t width = size_t(s.num_heads) * s.head_dim;
         const CacheView cache{step.keys + cache_offset, step.values + cache_offset, s.num_kv_heads,
                               step.block_size, s.head_dim};
-        space_.team.share(num_tiles * s.num_kv_heads, 1, [&](int item, int) {
-            // Head by head, so that one head's keys and values stay in the second-level cache for all tiles;
-            // long contexts first, so that no thread is left with one at the end.
-            const int h = item / num_tiles;
-            const TokenTile& tile = (*step.tiles)[num_tiles - 1 - item % num_tiles];
-            const size_t at = size_t(tile.first_row) * width + size_t(h) * group * s.head_dim;
-            const QueryTile queries{q_.get() + at,
-                                    attended_.get() + at,
-                                    width,
-                                    tile.num_rows,
-                                    group,
-                                    step.positions[tile.first_row] + 1,
-                                    h,
-                                    step.block_tables + size_t(tile.sequence) * step.table_width,
-                                    scratch_.get() + thread * scratch_stride_,
-                                    scores_stride_};
-            space_.kernels->attend(queries, cache, 1.0f / std::sqrt(float(s.head_dim)));
+        const float scale = 1.0f / std::sqrt(float(s.head_dim));
+        if (shares_contexts(step)) {
+            attend_span_by_span(step, cache, scale, thread);
+        } else {
+            space_.team.share(num_tiles(step), 1, [&](int index, int) {
+                space_.kernels->attend(query_tile(step, index, thread), cache, scale);
+            });
+        }
+        space_.team.barrier();
+    }
+
+    void attend_span_by_span(const Step& step, const CacheView& cache, float scale, int thread) {
+        const size_t stride = span_stride();
+        space_.team.share(num_tiles(step) * step.num_spans, 1, [&](int index, int) {
+            const QueryTile tile = query_tile(step, index / step.num_spans, thread);
+            const int span = index % step.num_spans;
+            if (span < spans(tile.context + tile.num_tokens - 1))
+                space_.kernels->attend_span(tile, cache, scale, span, span_sums_.get() + index * stride);
         });
         space_.team.barrier();
+        space_.team.share(num_tiles(step), 1, [&](int index, int) {
+            space_.kernels->join_spans(query_tile(step, index, thread), shape_.head_dim,
+                                       span_sums_.get() + size_t(index) * step.num_spans * stride, stride);
+        });
     }
 
     // The step with the wanted rows alone, for all that follows its queries, keys and values.
@@ -315,9 +358,9 @@ private:
     WantedTokens wanted_;
     Activations prepared_{};
     size_t scores_stride_ = 0, scratch_stride_ = 0;
-    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scratch_;
+    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scratch_, span_sums_;
     size_t normed_size_ = 0, q_size_ = 0, k_size_ = 0, v_size_ = 0, attended_size_ = 0, gate_size_ = 0,
-           up_size_ = 0, scratch_size_ = 0;
+           up_size_ = 0, scratch_size_ = 0, span_sums_size_ = 0;
 };
 
 // out (rows, num_outputs) = x (rows, num_inputs) times the map
@@ -357,6 +400,7 @@ void register_decoder(nb::module_& m) {
         for (const DecoderKernels* kernels : available_kernels()) names.emplace_back(kernels->name);
         return names;
     });
+    m.attr("ATTENTION_SPAN") = kSpan;
     nb::class_<Workspace>(m, "Workspace")
         .def(nb::init<int, std::string>(), nb::arg("num_threads"), nb::arg("instruction_set"))
         .def_prop_ro("num_threads", [](const Workspace& w) { return w.team.size(); })

@@ -36,7 +36,7 @@ namespace scone {
 const DecoderKernels* decoder_kernels_avx2() {
 #ifdef SCONE_AVX2
     static const DecoderKernels kernels = {
-        "avx2", avx2::tile, avx2::prepare, avx2::rms_norm, avx2::silu_mul, avx2::rotate, avx2::attend,
+        "avx2", avx2::tile, avx2::prepare, avx2::rms_norm, avx2::silu_mul, avx2::rotate, avx2::attend, avx2::attend_span, avx2::join_spans,
         avx2::greatest, avx2::greatest_of_chunk, avx2::weigh_chunk, nullptr,
     };
     const bool has_it = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

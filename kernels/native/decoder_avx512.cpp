@@ -42,7 +42,7 @@ const DecoderKernels* decoder_kernels_avx512() {
 #ifdef SCONE_AVX512
     static const DecoderKernels kernels = {
         "avx512",         avx512::tile,   avx512::prepare, avx512::rms_norm,
-        avx512::silu_mul, avx512::rotate, avx512::attend,
+        avx512::silu_mul, avx512::rotate, avx512::attend, avx512::attend_span, avx512::join_spans,
         avx512::greatest, avx512::greatest_of_chunk, avx512::weigh_chunk, avx512::screen,
     };
     const bool has_it = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -12,8 +12,10 @@ namespace scone {
 constexpr int kPanel = 16;     // output columns per panel of packed weights
 constexpr int kGroup = 32;     // inputs that share a scale
 constexpr int kStrip = 6;      // rows that are multiplied at once: their sums fill the registers
-constexpr int kSampledChunk = 64;  // logits that sampling looks at together
 constexpr int kTileQueries = 12;  // queries of tokens that attend together, or those of one token if it has more
+constexpr int kSpan = 256;         // tokens of a context that attention takes together
+constexpr int kSumsTail = 8;       // floats after a query's sums of values: of the weights, the greatest score, unused
+constexpr int kSampledChunk = 64;  // logits that sampling looks at together
 constexpr int kRowBlock = 96;  // rows per tile: their activations stay in the second-level cache
 
 // How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
@@ -73,9 +75,15 @@ struct QueryTile {
     size_t stride;
     int num_tokens, group, context, kv_head;
     const int32_t* block_table;
-    float* scratch;        // kTileQueries rows of head_dim + scores_stride
-    size_t scores_stride;  // at least the longest context + 8, in whole blocks
+    float* scratch;        // attention_scratch() floats
+    size_t scores_stride;  // a span's scores, from the block on that it begins in, and 8 more
 };
+
+constexpr int spans(int context) { return (context + kSpan - 1) / kSpan; }
+
+constexpr size_t attention_scratch(size_t head_dim, size_t scores_stride) {
+    return kTileQueries * (head_dim + scores_stride + 2 * (head_dim + kSumsTail));
+}
 
 struct DecoderKernels {
     const char* name;
@@ -90,6 +98,10 @@ struct DecoderKernels {
     // Rotates one head in place; cos and sin hold head_dim / 2 values.
     void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
     void (*attend)(const QueryTile&, const CacheView&, float scale);
+    // The same in two parts, for contexts that threads share: what each query has of one span,
+    // sums (num_queries, head_dim + kSumsTail); and the results of all spans, whose sums lie `span_stride` apart.
+    void (*attend_span)(const QueryTile&, const CacheView&, float scale, int span, float* sums);
+    void (*join_spans)(const QueryTile&, int head_dim, float* sums, size_t span_stride);
     // Of 16 values; NaN if one of them is.
     float (*greatest)(const float* x);
     // Of kSampledChunk values; NaN if one of them is.

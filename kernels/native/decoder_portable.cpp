@@ -15,7 +15,7 @@ namespace portable {
 const DecoderKernels* decoder_kernels_portable() {
     static const DecoderKernels kernels = {
         "portable",         portable::tile,   portable::prepare, portable::rms_norm,
-        portable::silu_mul, portable::rotate, portable::attend,
+        portable::silu_mul, portable::rotate, portable::attend, portable::attend_span, portable::join_spans,
         portable::greatest, portable::greatest_of_chunk, portable::weigh_chunk, nullptr,
     };
     return &kernels;

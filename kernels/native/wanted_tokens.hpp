@@ -14,7 +14,7 @@ struct TokenTile {
     int first_row, num_rows, sequence;
 };
 
-inline void add_tiles(std::vector<TokenTile>& tiles, int begin, int end, int sequence, int per_tile) {
+inline void add_tiles(std::vector<TokenTile>& tiles, int begin, int end, int per_tile, int sequence) {
     for (int r = begin; r < end; r += per_tile) tiles.push_back({r, std::min(per_tile, end - r), sequence});
 }
 
@@ -27,8 +27,8 @@ public:
     }
 
     // Rows [begin, end) of a sequence, after all that were added before.
-    void add(int begin, int end, int sequence, const int32_t* positions, int per_tile) {
-        add_tiles(tiles_, size(), size() + end - begin, sequence, per_tile);
+    void add(int begin, int end, int per_tile, int sequence, const int32_t* positions) {
+        add_tiles(tiles_, size(), size() + end - begin, per_tile, sequence);
         for (int r = begin; r < end; ++r) {
             rows_.push_back(r);
             positions_.push_back(positions[r]);

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from scone.kernels.native_decoder import LayerWeights, NativeDecoder
+from scone.kernels.native_decoder import ATTENTION_SPAN, LayerWeights, NativeDecoder
 from scone.kernels.packed_linear import PackedLinear, WeightKind, Workspace
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Block, Decoder
@@ -68,7 +68,7 @@ class NativeForward:
         self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
         self.head_bytes = self._head.num_bytes
         digest = hashlib.sha256(" ".join([*self.kinds, self._head.kind]).encode()).hexdigest()[:16]
-        self.arithmetic = f"native {self.workspace.instruction_set}, maps {digest}"
+        self.arithmetic = f"native {self.workspace.instruction_set}, maps {digest}, spans of {ATTENTION_SPAN}"
         logger.info(
             "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",
             self.workspace.instruction_set,

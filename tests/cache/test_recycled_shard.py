@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,35 @@ def test_entries_name_the_pages_where_lmdb_has_the_chunks(tmp_path: Path) -> Non
                     assert raw[offset : offset + len(chunk)] == bytes(chunk)
                     assert raw[offset - 16 : offset - 8] == (offset // 4096).to_bytes(8, "little")
         one.close()
+
+
+HOLDS_A_WRITE = """
+import select, sys
+from pathlib import Path
+from scone.cache.recycled_shard import RecycledShard
+shard = RecycledShard(Path(sys.argv[1]), 16 << 20)
+with shard._env.begin(write=True):
+    print("begun", flush=True)
+    print("told" if select.select([sys.stdin], [], [], 10)[0] else "gave up")
+"""
+
+
+def test_who_waits_to_open_a_file_stops_no_other_thread(tmp_path: Path) -> None:
+    """Or two processes that open two files each could wait for each other for ever."""
+    RecycledShard(tmp_path / "file", 16 << 20).close()
+    command = [sys.executable, "-c", HOLDS_A_WRITE, str(tmp_path / "file")]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "begun\n"
+        opening = pool.submit(RecycledShard, tmp_path / "file", 16 << 20)
+        with pytest.raises(TimeoutError):
+            opening.result(0.5)
+        out, _ = writer.communicate("go on")
+        assert out == "told\n"
+        opening.result().close()
 
 
 def test_a_file_ages_by_what_is_offered_to_it(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scone.kernels.extension import native
+from scone.kernels.native_decoder import ATTENTION_SPAN
 from scone.kernels.packed_linear import (
     INSTRUCTION_SETS,
     PackedLinear,
@@ -166,6 +167,42 @@ def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
         assert torch.equal(alone[0], states)
         threaded = hidden_states(ModelRunner(decoder, replace(config, num_threads=3)), [prompt], [1, 2, 3])
         assert torch.equal(threaded[0], states)
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("shape", [{}, {"num_heads": 16, "num_kv_heads": 1, "head_dim": 24}])
+def test_same_bits_where_threads_share_a_context(shape: dict[str, Any]) -> None:
+    """Three spans: one after the other, each by some thread, and in a batch that occupies all threads."""
+    decoder = random_decoder(**shape)
+    prompt = random_prompt(6, 600, high=200)
+    config = EngineConfig(max_model_len=640, max_num_seqs=8, max_num_batched_tokens=4096)
+
+    def states(
+        num_threads: int, cuts: list[int], num_seqs: int = 1, wants_all: bool = True, **settings: Any
+    ) -> Tensor:
+        runner = ModelRunner(decoder, replace(config, num_threads=num_threads, **settings))
+        seqs = [
+            Sequence(i, 0, prompt, block_ids=list(range(i * 40, i * 40 + 40)), wants_all_states=wants_all)
+            for i in range(num_seqs)
+        ]
+        parts = []
+        with torch.inference_mode():
+            for start, end in itertools.pairwise([0, *cuts, 600]):
+                chunks = [Chunk(seq, start, end - start) for seq in seqs]
+                parts.append(runner.forward(chunks, runner.embed(chunks)).clone()[: end - start])
+        return torch.cat(parts)
+
+    alone = states(1, [])
+    torch.testing.assert_close(alone, states(1, [], backend="torch"), rtol=2e-4, atol=2e-4)
+    assert len(prompt) > 2 * ATTENTION_SPAN
+    for num_threads, cuts, num_seqs in (
+        (1, [256, 599], 1),
+        (3, [599], 1),
+        (5, [255, 257, 513, 598], 1),
+        (3, [599], 6),
+    ):
+        assert torch.equal(states(num_threads, cuts, num_seqs), alone)
+        assert torch.equal(states(num_threads, cuts, num_seqs, wants_all=False)[-1], alone[-1])
 
 
 @pytest.mark.parametrize("settings", [{"backend": "torch"}, {}, {"quantization": "int8"}])
