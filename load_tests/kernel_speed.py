@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from load_tests.run_record import record_run
 from scone.kernels.packed_linear import INSTRUCTION_SETS
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.checkpoint import open_checkpoint
@@ -183,17 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
         )
         print(json.dumps(results[-1]), flush=True)
-    document = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.platform(),
-        "model": Path(arguments.model).name,
-        "threads": arguments.threads,
-        **machine_speed(arguments.rounds),
-        "results": results,
-    }
-    print(json.dumps(document))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    record_run(arguments.model, arguments.threads, results, arguments.out, **machine_speed(arguments.rounds))
     return 0
 
 

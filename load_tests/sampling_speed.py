@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from load_tests.run_record import record_run
 from load_tests.workload import prompts, read_library
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.engine.engine import Engine
@@ -137,16 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for result in results:
         print(json.dumps(result), flush=True)
-    document = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.platform(),
-        "model": Path(arguments.model).name,
-        "threads": arguments.threads,
-        "results": results,
-    }
-    print(json.dumps(document))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    record_run(arguments.model, arguments.threads, results, arguments.out)
     return 0
 
 
