@@ -36,7 +36,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_p": 0.95},
     {"temperature": 1.2, "top_k": 40, "min_p": 0.02, "seed": 7},
     {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"28": -5}},
-    {"temperature": 0.6, "logprobs": 3, "min_tokens": 4},
+    {"temperature": 0.6, "logprobs": 3, "min_tokens": 1},
 )
 WORDS = ("the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "be", "from")
 

@@ -97,6 +97,9 @@ def test_compose_mounts_what_exists_and_prometheus_finds_the_server() -> None:
     assert not [m for m in mounts if not (DOCKER / m).exists()]
     assert services["scone"]["ulimits"]["memlock"] == {"soft": -1, "hard": -1}
     assert all(v.endswith(":ro") for v in services["scone"]["volumes"])
+    targets = {v.split(":")[-2] for v in services["scone"]["volumes"]}
+    environment = services["scone"]["environment"]
+    assert {environment["SCONE_MODEL"].split("${")[0].rstrip("/"), environment["SCONE_TABLE"]} == targets
     scrape = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]
     host, port = scrape["static_configs"][0]["targets"][0].split(":")
     assert host in services
