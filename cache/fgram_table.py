@@ -375,15 +375,19 @@ class FGramTable:
     @property
     def never_waits(self) -> bool:
         """Whether every row is in memory, here or on the device."""
-        return max(self._ram.num_loaded if self._ram else 0, self.num_device_rows) == self._num_rows
+        return self.num_memory_rows == self._num_rows
+
+    @property
+    def num_memory_rows(self) -> int:
+        """So many rows, the first ones, are in memory, here or on the device."""
+        return max(0 if self._ram is None else self._ram.num_loaded, self.num_device_rows)
 
     def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
         ids = _row_id_array(row_ids)
         if self.never_waits:
             return np.zeros(len(ids), np.bool_)
-        first = max(self._ram.num_loaded if self._ram else 0, self.num_device_rows)
-        return self._disk.may_wait(ids, first, self.num_fgrams)
+        return self._disk.may_wait(ids, self.num_memory_rows, self.num_fgrams)
 
     def will_need(self, row_ids: NDArray[np.int64]) -> None:
         """Asks the disk for rows (n,) that are about to be read one after the other."""
@@ -391,7 +395,7 @@ class FGramTable:
 
     def open_queue(self) -> RowQueue | None:
         """For one thread: a few rows at a time without a thread between; None where there is no way."""
-        return self._disk.open_queue(self.stats)
+        return self._disk.open_queue(self.stats, self._ram)
 
     def tier_of(self, row_ids: Ids) -> NDArray[np.str_]:
         """The name of the tier of each row, "" where the id is -1."""

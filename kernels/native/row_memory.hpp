@@ -133,7 +133,7 @@ class RowMemory {
         }
     }
 
-  private:
+    // Whether a row is wholly in memory. The answer may be outdated when it arrives.
     bool resident(int64_t row) const {
         uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
         size_t size = uintptr_t(address(row)) + row_bytes_ - first;
@@ -143,6 +143,8 @@ class RowMemory {
             if (!(pages[p] & 1)) return false;
         return true;
     }
+
+  private:
     struct Job {
         const int64_t* ids;
         int64_t begin, end;
