@@ -19,7 +19,14 @@ from scone.cache.errors import RowReadError
 from scone.cache.ram_rows import RamRows
 from scone.cache.stats import TableStats
 from scone.kernels.gather import RowMemory, RowTarget, decode_rows
-from scone.kernels.read_queue import DAMAGED, NO_SLOT, SHORT_READ, SOUND, ReadQueue, open_read_queue
+from scone.kernels.read_queue import (
+    DAMAGED,
+    NO_SLOT,
+    SHORT_READ,
+    SOUND,
+    ReadQueue,
+    open_read_queue,
+)
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
@@ -83,9 +90,12 @@ class RowQueue:
         """
         slots, begins = np.empty((2, len(row_ids)), np.int64)
         awaited = row_ids.copy()
-        num_reads = self.reads.submit(awaited, first_row, self.mapped, slots, begins)
-        if num_reads is None:
+        taken = self.reads.submit(awaited, first_row, self.mapped, slots, begins)
+        if taken is None:
             return None
+        num_reads, num_awaited = taken
+        if num_reads:
+            self.stats.add_requested(num_awaited, num_reads)
         return QueuedRows(self, awaited, slots, begins, num_reads)
 
     def close(self) -> None:
@@ -107,33 +117,28 @@ class QueuedRows:
         self._queue, self._slots, self._begins = queue, slots, begins
         self._submitted_at = time.perf_counter()
         self._is_counted = num_reads == 0
-        if num_reads:
-            queue.stats.add_requested(int((slots != NO_SLOT).sum()), num_reads)
 
     def __del__(self) -> None:
         self._queue.reads.release(self._slots)
 
     def num_under_way(self) -> int:
         """How many of the rows have neither been read nor failed. Never blocks."""
-        num_left = self._queue.reads.num_under_way(self._slots)
-        if not num_left and not self._is_counted:
-            self._count()
-        return num_left
+        return self._queue.reads.num_under_way(self._slots)
 
     def ready(self, begin: int, end: int) -> bool:
         """Whether rows [begin, end) have been read, or failed. Never blocks."""
-        return not self.num_under_way() or not self._queue.reads.num_under_way(self._slots[begin:end])
+        return not self._queue.reads.num_under_way(self._slots[begin:end])
 
     def wait(self, begin: int, end: int, timeout: float) -> bool:
         """Blocks until `ready`, or for `timeout` seconds; returns `ready`."""
-        self._queue.reads.wait(self._slots[begin:end], timeout)
-        return self.ready(begin, end)
+        return not self._queue.reads.wait(self._slots[begin:end], timeout)
 
     def error(self, begin: int, end: int) -> RowReadError | None:
         """Why some of rows [begin, end) could not be read; None if all of them were. They must be ready."""
         for slot in self._slots[begin:end].tolist():
             status = int(self._queue.reads.status[slot]) if slot != NO_SLOT else SOUND
             if status != SOUND:
+                self._count_ended()
                 return RowReadError(f"{self._queue.path}: {_reason(status)}")
         return None
 
@@ -144,6 +149,7 @@ class QueuedRows:
             picks: (n,) int64; where it is -1, or row_ids is, out[i] stays untouched.
             out: (n, dim) float32, bfloat16 or float16 on the CPU.
         """
+        self._count_ended()
         offsets = np.where(picks < 0, -1, self._begins[picks])
         decode_rows(self._queue.reads.memory, offsets, self._queue.codec, out)
 
@@ -178,22 +184,28 @@ class QueuedRows:
         for tier, num_rows in zip(("ram", "disk"), found, strict=True):
             if num_rows:
                 queue.stats.add_read(tier, num_rows, num_rows * queue.codec.row_bytes, seconds)
-        if not self._is_counted:
-            self._count()
+        self._count(0)
         return True
 
     def cancel(self, begin: int, end: int) -> None:
         """Gives rows [begin, end) up; their memory is free when the last user of these rows is gone."""
 
-    def _count(self) -> None:
-        """Once all have arrived, whoever asks first."""
+    def _count_ended(self) -> None:
+        """Counts the read if all of it has ended."""
+        if not self._is_counted and not self.num_under_way():
+            status = self._queue.reads.status
+            slots = {slot for slot in self._slots.tolist() if slot != NO_SLOT}
+            self._count(sum(int(status[slot]) != SOUND for slot in slots))
+
+    def _count(self, num_failed: int) -> None:
+        """Notes in the statistics how the read has ended; once, when its rows are used or found missing."""
+        if self._is_counted:
+            return
         self._is_counted = True
-        slots = self._slots[self._slots != NO_SLOT]
-        failed = slots[self._queue.reads.status[slots] != SOUND]
-        num_rows = self.num_reads - len(set(failed.tolist()))
+        num_rows = self.num_reads - num_failed
         seconds = time.perf_counter() - self._submitted_at
         self._queue.stats.add_read("disk", num_rows, num_rows * self._queue.codec.row_bytes, seconds)
-        self._queue.stats.add_prefetch("failed" if len(failed) else "read")
+        self._queue.stats.add_prefetch("failed" if num_failed else "read")
 
 
 def _reason(status: int) -> str:

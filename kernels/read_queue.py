@@ -72,7 +72,7 @@ class ReadQueue:
 
     def submit(
         self, row_ids: I64, first_row: int, mapped: RowMemory | None, slots: I64, begins: I64
-    ) -> int | None:
+    ) -> tuple[int, int] | None:
         """Begins to read those rows (n,) that are not in memory, each once.
 
         Args:
@@ -84,11 +84,12 @@ class ReadQueue:
             begins: (n,) is filled with where in `memory` each row will begin; -1 likewise.
 
         Returns:
-            How many slots were taken; None if not so many are free, and nothing was begun.
+            How many slots were taken, and for how many rows; None if not so many are free, and nothing was
+            begun.
         """
         memory = None if mapped is None else mapped.native
-        num_reads: int = self._native.submit(row_ids, first_row, memory, slots, begins)
-        return None if num_reads < 0 else num_reads
+        taken: tuple[int, int] = self._native.submit(row_ids, first_row, memory, slots, begins)
+        return None if taken[0] < 0 else taken
 
     def num_under_way(self, slots: I64) -> int:
         """How many of these slots have not been read; waits for nothing."""

@@ -75,8 +75,8 @@ class ReadQueue {
     // Begins to read rows row_ids[i] that are not in memory: from `first_row` on, and not wholly in the mapping
     // `mapped`, if there is one. slots[i] is where each goes, equal ones to the same, and begins[i] where in the
     // memory it will begin; rows that are in memory, and ids below 0, get kNoSlot, and -1 in `row_ids`.
-    // Returns the number of slots taken, or kNoRoom; then nothing was begun.
-    int64_t submit(Out1<int64_t> row_ids, int64_t first_row, const RowMemory* mapped, Out1<int64_t> slots,
+    // Returns how many slots were taken, or kNoRoom, and nothing was begun; and how many rows they are for.
+    std::pair<int64_t, int64_t> submit(Out1<int64_t> row_ids, int64_t first_row, const RowMemory* mapped, Out1<int64_t> slots,
                    Out1<int64_t> begins) {
         size_t n = row_ids.size();
         int64_t* ids = row_ids.data();
@@ -95,7 +95,7 @@ class ReadQueue {
         size_t num_reads = 0;
         for (size_t k = 0; k < wanted.size(); k++) num_reads += k == 0 || wanted[k].first != wanted[k - 1].first;
         if (free_.size() < num_reads) advance(0, 0);
-        if (free_.size() < num_reads) return kNoRoom;
+        if (free_.size() < num_reads) return {kNoRoom, 0};
         for (size_t k = 0; k < wanted.size(); k++) {
             auto [row, i] = wanted[k];
             bool is_new = k == 0 || row != wanted[k - 1].first;
@@ -105,7 +105,7 @@ class ReadQueue {
         for (size_t i = 0; i < n; i++)
             if (slots.data()[i] == kNoSlot) ids[i] = -1;
         if (num_reads > 0) advance(0, 0);
-        return int64_t(num_reads);
+        return {int64_t(num_reads), int64_t(wanted.size())};
     }
 
     // Notes what has arrived; waits for nothing.

@@ -72,7 +72,7 @@ class RowWaits:
         awaited = [g for g in self._reading if not g.was_awaited and g.seq.num_uncomputed_tokens == 1]
         num_awaited = len(awaited) + sum(pending.num_under_way() for pending, _ in self._asked)
         deadline = time.monotonic() + num_awaited / max(1, num_running) * step_seconds
-        for pending, generations in self._asked:
+        for pending, generations in self._asked if num_awaited else ():
             if not pending.wait(0, len(pending.row_ids), max(0.0, deadline - time.monotonic())):
                 self._note_late(generations)
         self._asked.clear()
