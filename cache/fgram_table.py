@@ -435,7 +435,10 @@ class FGramTable:
 
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:
-    array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+    if type(token_ids) is np.ndarray:  # the usual case first: the other questions take longer than this one
+        array = token_ids
+    else:
+        array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
     return array if array.dtype in _TOKEN_DTYPES else array.astype(np.int64)
 
 
