@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scone.cache.errors import RowReadError
 from scone.cache.queued_rows import RowQueue
+from scone.cache.ram_rows import RamRows
 from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
 from scone.kernels.disk_read import RowsOut, SpanReader, Spans, open_span_reader
@@ -80,8 +81,8 @@ class DirectReader:
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Nothing: a read asks for all its rows at once."""
 
-    def open_queue(self, stats: TableStats) -> RowQueue | None:
-        return RowQueue.open(self._files, self._fd, stats)
+    def open_queue(self, stats: TableStats, ram: RamRows | None) -> RowQueue | None:
+        return RowQueue.open(self._files, self._fd, stats, ram)
 
     def close(self) -> None:
         """Closes the file; no read may be under way."""

@@ -298,6 +298,11 @@ class FGramTable:
         """Whether every row is in memory, here or on the device."""
         return self._row_tiers.all_in_memory
 
+    @property
+    def num_memory_rows(self) -> int:
+        """So many rows, the first ones, are in memory, here or on the device."""
+        return self._row_tiers.num_in_memory
+
     def may_wait(self, row_ids: Ids) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
         return self._row_tiers.may_wait(_row_id_array(row_ids))
@@ -325,7 +330,10 @@ class FGramTable:
 
 
 def _token_array(token_ids: Ids) -> NDArray[Any]:
-    array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+    if type(token_ids) is np.ndarray:  # the usual case first: the other questions take longer than this one
+        array = token_ids
+    else:
+        array = token_ids.numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
     return array if array.dtype in _TOKEN_DTYPES else array.astype(np.int64)
 
 

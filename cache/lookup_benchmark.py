@@ -41,6 +41,9 @@ _MAX_MATRIX_BYTES = 6 << 30
 Way = Callable[[int], object]
 """One way to do the work; the argument says which piece of the workload."""
 
+_PAUSE_SECONDS = 0.01
+"""Before each piece of ways that use threads: OpenMP's spin for some milliseconds after their work."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupBenchmark:
@@ -137,7 +140,7 @@ class LookupBenchmark:
             for name, source in sources.items():
                 _check_rows(source.rows(ids[0]), table.rows(ids[0]), name)
                 ways[name] = lambda i, source=source: source.rows(ids[i])  # type: ignore[misc]
-            seconds = _medians(ways, len(ids))
+            seconds = _medians(ways, len(ids), _PAUSE_SECONDS)
         for source in sources.values():
             source.close()
         num_rows = statistics.median(map(len, ids))
@@ -188,8 +191,10 @@ def _measure_lookup(
     def theirs(ids: list[int]) -> Tensor:
         return matrix.index_select(0, torch.tensor([row for row in ids if row >= 0], dtype=torch.int64))
 
-    def beside(name: str, our_way: Way, their_way: Way, num: int, num_tokens: int) -> dict[str, float]:
-        seconds = _medians({"ours": our_way, name: their_way}, num)
+    def beside(
+        name: str, our_way: Way, their_way: Way, num: int, num_tokens: int, pause: float = 0.0
+    ) -> dict[str, float]:
+        seconds = _medians({"ours": our_way, name: their_way}, num, pause)
         return {
             **{way: round(1e6 * s / num_tokens, 4) for way, s in seconds.items()},
             "times_faster": round(seconds[name] / seconds["ours"], 2),
@@ -217,6 +222,7 @@ def _measure_lookup(
             lambda i: theirs(rival.match(prompt_lists[i])),
             len(prompts),
             num_tokens,
+            _PAUSE_SECONDS,
         ),
         "rows_batch": beside(
             "dict_and_matrix",
@@ -254,6 +260,7 @@ def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str
             ),
         },
         repeats,
+        _PAUSE_SECONDS,
     )
     num_bytes = num_rows * table.manifest.row_bytes
     return {
@@ -263,8 +270,8 @@ def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str
     }
 
 
-def _medians(ways: dict[str, Way], num: int) -> dict[str, float]:
-    """Median seconds of each way over pieces 0 to num - 1, the ways taking turns.
+def _medians(ways: dict[str, Way], num: int, pause: float = 0.0) -> dict[str, float]:
+    """Median seconds of each way over pieces 0 to num - 1, the ways taking turns, `pause` seconds apart.
 
     Each piece is done once before: on a virtual machine the first touch of a page may go through the host. In
     one turn each way does another piece: two that read the same memory would find it in the caches.
@@ -276,6 +283,8 @@ def _medians(ways: dict[str, Way], num: int) -> dict[str, float]:
     for i in range(num):
         for turn, (name, way) in enumerate(ways.items()):
             piece = (i + turn * num // len(ways)) % num
+            if pause:
+                time.sleep(pause)
             started = time.perf_counter()
             way(piece)
             times[name].append(time.perf_counter() - started)

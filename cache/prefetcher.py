@@ -19,7 +19,7 @@ from torch import Tensor
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable, Ids
 from scone.cache.queued_rows import QueuedRows
-from scone.kernels.gather import decode_rows
+from scone.kernels.gather import RowTarget, decode_rows
 from scone.kernels.row_codec import RowCodec
 
 
@@ -40,6 +40,10 @@ class PendingRows:
         self._failed: dict[int, RowReadError] = {}  # by row id
         self._rows = torch.empty(0, table.dim, dtype=table.dtype)  # those read, once each
         self._places = np.full(len(row_ids), -1, np.int64)  # where in _rows each one is
+
+    def num_under_way(self) -> int:
+        """How many of the rows have neither been read nor failed. Never blocks."""
+        return 0 if self._done.is_set() else int((self.row_ids >= 0).sum())
 
     def ready(self, begin: int, end: int) -> bool:
         """Whether rows [begin, end), which come together with all others, have been read, or failed."""
@@ -67,6 +71,17 @@ class PendingRows:
         places = np.where(picks < 0, -1, self._places[picks])
         staged = self._rows.view(torch.uint8).reshape(-1).numpy()
         decode_rows(staged, np.where(places < 0, -1, places * codec.row_bytes), codec, out)
+
+    def gather_newest(
+        self,
+        ids: NDArray[np.int64],
+        places: NDArray[np.int64],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+    ) -> bool:
+        """As `QueuedRows.gather_newest`: never at once."""
+        return False
 
     def cancel(self, begin: int, end: int) -> None:
         """Gives rows [begin, end) up: they are not read unless that has begun."""
@@ -127,25 +142,36 @@ class Prefetcher:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, row_ids: Ids, *, apart: bool = False) -> PendingRows | QueuedRows | None:
+    def submit(self, row_ids: Ids) -> PendingRows | None:
         """Begins to read those rows that may have to be waited for; None if there are none. Never waits.
 
         Args:
             row_ids: (n,) int64, -1 where no row is wanted.
-            apart: the rows are wanted by different parties, at once: one that cannot be read fails by itself,
-                and where the disk has a queue, no worker stands between. From one thread only.
         """
-        if self._table.never_waits:
+        return self._submit(row_ids, apart=False)
+
+    def submit_apart(self, row_ids: NDArray[np.int64]) -> PendingRows | QueuedRows | None:
+        """As `submit`, for rows (n,) that different parties want at once; from one thread only.
+
+        One that cannot be read fails by itself. Where the disk has a queue no worker stands between, and what
+        is returned can gather the rows in memory with the others.
+        """
+        if self._queue is None or self._table.never_waits:
+            return self._submit(row_ids, apart=True)
+        queued = self._queue.submit(row_ids, self._table.num_memory_rows)
+        if queued is None:
+            return self._submit(row_ids, apart=True)
+        if not queued.num_reads:
             self._table.stats.add_prefetch("inline")
-            return None
+        return queued
+
+    def _submit(self, row_ids: Ids, *, apart: bool) -> PendingRows | None:
         ids = np.array(row_ids, np.int64)  # a copy: the caller may reuse its buffer
         awaited = self._table.may_wait(ids)
         if not awaited.any():
             self._table.stats.add_prefetch("inline")
             return None
         ids[~awaited] = -1
-        if apart and self._queue is not None and (queued := self._queue.submit(ids)) is not None:
-            return queued
         pending = PendingRows(self._table, ids, apart=apart)
         self._jobs.put(pending)
         return pending

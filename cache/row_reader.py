@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scone.cache.errors import RowReadError
 from scone.cache.queued_rows import RowQueue
+from scone.cache.ram_rows import RamRows
 from scone.cache.stats import TableStats
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.gather import RowMemory
@@ -51,8 +52,11 @@ class RowReader(Protocol):
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         """Starts reading those of `row_ids` that are in [begin, end), all at once; only a hint."""
 
-    def open_queue(self, stats: TableStats) -> RowQueue | None:
-        """A queue for a few rows at a time, without threads; None where there is no such way."""
+    def open_queue(self, stats: TableStats, ram: RamRows | None) -> RowQueue | None:
+        """A queue for a few rows at a time, without threads; None where there is no such way.
+
+        `ram` has the rows that need not be read.
+        """
 
     def close(self) -> None: ...
 
@@ -96,13 +100,13 @@ class MappedReader:
     def will_need(self, row_ids: NDArray[np.int64], begin: int, end: int) -> None:
         self._memory.will_need(row_ids, begin, end)
 
-    def open_queue(self, stats: TableStats) -> RowQueue | None:
+    def open_queue(self, stats: TableStats, ram: RamRows | None) -> RowQueue | None:
         """Through the page cache, which then holds the rows for others too."""
         if self._queue_fd < 0:
             # through /proc, so that it is the file that was checked, whatever has its name by now
             self._queue_fd = os.open(f"/proc/self/fd/{self._files.rows_fd}", os.O_RDONLY | os.O_CLOEXEC)
             os.posix_fadvise(self._queue_fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return RowQueue.open(self._files, self._queue_fd, stats)
+        return RowQueue.open(self._files, self._queue_fd, stats, ram, self._memory)
 
     def close(self) -> None:
         """The mapping goes with the last view of it."""

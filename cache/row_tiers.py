@@ -91,6 +91,11 @@ class RowTiers:
     def num_on_device(self) -> int:
         return 0 if self.on_device is None else self.on_device.num_rows
 
+    @property
+    def num_in_memory(self) -> int:
+        """So many rows, the first ones, are in memory, here or on the device."""
+        return max(self._num_in_ram, self.num_on_device)
+
     def load_device_rows(self, device: Device, device_bytes: int) -> None:
         """Fills the device tier with the first rows that fit; raises CacheError where there is no device."""
         num_rows = min(self._num_rows, device_bytes // self._row_bytes)
@@ -129,13 +134,13 @@ class RowTiers:
     @property
     def all_in_memory(self) -> bool:
         """Whether every row is in memory, here or on the device."""
-        return self._num_in_memory == self._num_rows
+        return self.num_in_memory == self._num_rows
 
     def may_wait(self, row_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""
         if self.all_in_memory:
             return np.zeros(len(row_ids), np.bool_)
-        return self.disk.may_wait(row_ids, self._num_in_memory, self._num_rows)
+        return self.disk.may_wait(row_ids, self.num_in_memory, self._num_rows)
 
     def will_need(self, row_ids: NDArray[np.int64]) -> None:
         """Asks the disk for rows (n,) that are about to be read one after the other."""
@@ -143,7 +148,7 @@ class RowTiers:
 
     def open_queue(self) -> RowQueue | None:
         """For one thread: a few rows at a time without a thread between; None where there is no way."""
-        return self.disk.open_queue(self._stats)
+        return self.disk.open_queue(self._stats, self.ram)
 
     def close(self) -> None:
         """Ends the readers; no other call may be under way or follow."""
@@ -154,10 +159,6 @@ class RowTiers:
     @property
     def _num_in_ram(self) -> int:
         return 0 if self.ram is None else self.ram.num_loaded
-
-    @property
-    def _num_in_memory(self) -> int:
-        return max(self._num_in_ram, self.num_on_device)
 
     def _plan(self) -> Sequence[tuple[RamRows | RowReader, int, int]]:
         """Who reads which rows: the RAM tier what it has loaded, the disk the rest."""

@@ -1,205 +1,80 @@
-// Pages of a table's rows, read while their reader does something else: submitted in one system call, looked for
-// later. No thread of ours stands between the disk and who waits for it.
-//
-// Each read fills a slot of the caller's memory, and each page is compared with its checksum when it has arrived.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The queue of reads (read_queue.hpp), and its rows with those that are in memory, for Python.
+#include "read_queue.hpp"
 
-#include <algorithm>
-#include <chrono>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <stdexcept>
-#include <system_error>
-#include <vector>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 
-#include "crc32c.hpp"
-#include "uring.hpp"
-
-namespace nb = nanobind;
+#include <optional>
 
 namespace scone {
 
-template <class T>
-using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Out1 = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-constexpr int64_t kPageBytes = 4096;
-// What a slot's status is; any other is the errno of its read.
-constexpr int32_t kSound = 0;
-constexpr int32_t kShort = -1;
-constexpr int32_t kDamaged = -2;
-constexpr int32_t kUnderWay = -3;
-
-// For one thread.
-class ReadQueue {
-  public:
-    // Slot s is memory [s * slot_bytes, (s + 1) * slot_bytes) and status[s]. Page p of the rows lies `header_bytes`
-    // after p * kPageBytes of the file; `stream_bytes` are all rows': the last page's checksum covers no more.
-    ReadQueue(int file, Out1<uint8_t> memory, int64_t slot_bytes, Out1<int32_t> status, Array1<uint32_t> page_sums,
-              int64_t header_bytes, int64_t stream_bytes)
-        : file_(file),
-          memory_(memory.data()),
-          slot_bytes_(slot_bytes),
-          status_(status.data()),
-          page_sums_(page_sums.data()),
-          header_bytes_(header_bytes),
-          stream_bytes_(stream_bytes),
-          reads_(status.size()),
-          ring_(std::make_unique<Uring>(unsigned(status.size()))) {
-        int64_t num_pages = (stream_bytes + kPageBytes - 1) / kPageBytes;
-        if (slot_bytes < kPageBytes || slot_bytes % kPageBytes != 0 || memory.size() != status.size() * slot_bytes)
-            throw std::invalid_argument("the memory is not that of the slots");
-        if (int64_t(page_sums.size()) != num_pages) throw std::invalid_argument("wrong number of checksums");
-        if (!ring_->has_timeouts() || ring_->depth() < status.size())
-            throw std::system_error(ENOSYS, std::generic_category(), "io_uring is too old");
-        for (size_t slot = status.size(); slot-- > 0;) free_.push_back(int32_t(slot));
+// The rows of a decode step that were asked for when its tokens were sampled: row ids[k], of the sequence places[k],
+// to row k of `out`. Those without a slot come from `memory`, as far as its first `num_loaded` rows go, or from
+// `mapped`.
+//
+// Nothing, and what was written has no meaning, if some sequence's input positions[i] is not the last one that has
+// a row id, or that id is another; or if some row has not arrived, has failed, or is not there: who asks finds out
+// whose, one by one. Else how many came from `memory` and from `mapped`.
+static std::optional<std::pair<int64_t, int64_t>> gather_newest(
+    ReadQueue& queue, RowMemory* memory, int64_t num_loaded, RowMemory* mapped, nb::list row_ids, nb::list positions,
+    Array1<int64_t> ids, Array1<int64_t> places, Array1<int64_t> slots, Array1<int64_t> begins, uintptr_t out,
+    int64_t out_stride_bytes, int out_type) {
+    int64_t n = int64_t(ids.size()), k = 0;
+    if (int64_t(places.size()) != n || int64_t(slots.size()) != n || int64_t(begins.size()) != n)
+        throw std::invalid_argument("ids, places, slots and begins differ in number");
+    Py_ssize_t batch = PyList_GET_SIZE(row_ids.ptr());
+    if (PyList_GET_SIZE(positions.ptr()) != batch) throw std::invalid_argument("positions is not as long as row_ids");
+    for (Py_ssize_t i = 0; i < batch; i++) {
+        PyObject* list = PyList_GET_ITEM(row_ids.ptr(), i);
+        if (!PyList_Check(list)) throw nb::type_error("the row ids of a sequence must be a list");
+        long long position = PyLong_AsLongLong(PyList_GET_ITEM(positions.ptr(), i));
+        if (position == -1 && PyErr_Occurred()) throw nb::python_error();
+        if (position < 0 || position + 1 != PyList_GET_SIZE(list)) return std::nullopt;
+        long long id = PyLong_AsLongLong(PyList_GET_ITEM(list, position));
+        if (id == -1 && PyErr_Occurred()) throw nb::python_error();
+        if (id < 0) continue;
+        if (k == n || ids.data()[k] != id || places.data()[k] != i) return std::nullopt;
+        k++;
     }
-
-    // All reads must have ended before their memory may go.
-    ~ReadQueue() { await_all(); }
-
-    void drain() {
-        nb::gil_scoped_release unlocked;
-        await_all();
-    }
-
-    // Begins to read num_pages[i] pages from first_page[i] on into slots[i], which it chooses, for all i.
-    // False: there are not so many free slots; nothing was begun.
-    bool submit(Array1<int64_t> first_page, Array1<int64_t> num_pages, Out1<int64_t> slots) {
-        size_t n = first_page.size();
-        if (num_pages.size() != n || slots.size() != n) throw std::invalid_argument("reads differ in number");
-        int64_t total_pages = (stream_bytes_ + kPageBytes - 1) / kPageBytes;
-        for (size_t i = 0; i < n; i++) {
-            int64_t first = first_page.data()[i], pages = num_pages.data()[i];
-            if (first < 0 || pages < 1 || pages * kPageBytes > slot_bytes_ || first + pages > total_pages)
-                throw std::invalid_argument("a read does not fit a slot or the rows");
+    if (k != n || !queue.are_sound(slots)) return std::nullopt;
+    RowMemory::Target target{reinterpret_cast<uint8_t*>(out), out_stride_bytes, FloatType(out_type)};
+    std::vector<int64_t> others(size_t(n), -1);  // from memory or the mapping
+    int64_t num_in_memory = 0, num_mapped = 0;
+    for (k = 0; k < n; k++) {
+        if (slots.data()[k] != kNoSlot) {
+            queue.copy_row(begins.data()[k], target.data + k * out_stride_bytes, target.type);
+            continue;
         }
-        if (free_.size() < n) advance(0, 0);
-        if (free_.size() < n) return false;
-        for (size_t i = 0; i < n; i++) {
-            int32_t slot = free_.back();
-            free_.pop_back();
-            slots.data()[i] = slot;
-            status_[slot] = kUnderWay;
-            reads_[size_t(slot)] = {first_page.data()[i], num_pages.data()[i], true};
-            ring_->push(file_, uint64_t(header_bytes_ + first_page.data()[i] * kPageBytes),
-                        uint32_t(num_pages.data()[i] * kPageBytes), data(slot), uint64_t(slot));
-            num_under_way_++;
-        }
-        nb::gil_scoped_release unlocked;
-        advance(0, 0);
-        return true;
+        others[size_t(k)] = ids.data()[k];
+        bool is_in_memory = memory != nullptr && ids.data()[k] < num_loaded;
+        if (!is_in_memory && mapped == nullptr) return std::nullopt;
+        (is_in_memory ? num_in_memory : num_mapped)++;
     }
-
-    // Notes what has arrived; waits for nothing.
-    void poll() {
-        if (num_under_way_ > 0) reap();
-    }
-
-    // Waits until none of these slots is under way, at most so long; whether none is.
-    bool wait(Array1<int64_t> slots, double seconds) {
-        using Clock = std::chrono::steady_clock;
-        auto deadline = Clock::now() + std::chrono::nanoseconds(int64_t(std::clamp(seconds, 0.0, 3600.0) * 1e9));
-        auto pending = [&] {
-            for (size_t i = 0; i < slots.size(); i++)
-                if (status_[slots.data()[i]] == kUnderWay) return true;
-            return false;
-        };
-        for (size_t i = 0; i < slots.size(); i++) check_slot(slots.data()[i]);
-        poll();
-        nb::gil_scoped_release unlocked;
-        while (pending()) {
-            int64_t left = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - Clock::now()).count();
-            if (left <= 0) return false;
-            advance(1, left);
-        }
-        return true;
-    }
-
-    // Gives slots back; one whose read is under way is free when that has ended.
-    void release(Array1<int64_t> slots) {
-        for (size_t i = 0; i < slots.size(); i++) {
-            int32_t slot = check_slot(slots.data()[i]);
-            Read& read = reads_[size_t(slot)];
-            if (!read.wanted) continue;
-            read.wanted = false;
-            if (status_[slot] != kUnderWay) free_.push_back(slot);
-        }
-    }
-
-    size_t num_free() const { return free_.size(); }
-
-  private:
-    struct Read {
-        int64_t first_page, num_pages;
-        bool wanted = false;
-    };
-
-    void await_all() {
-        while (num_under_way_ > 0) advance(1, -1);
-    }
-
-    uint8_t* data(int32_t slot) const { return memory_ + int64_t(slot) * slot_bytes_; }
-
-    int32_t check_slot(int64_t slot) const {
-        if (slot < 0 || slot >= int64_t(reads_.size())) throw std::invalid_argument("there is no such slot");
-        return int32_t(slot);
-    }
-
-    // Submits and waits as Uring::enter, then notes what has arrived.
-    void advance(unsigned wait_for, int64_t timeout_ns) {
-        int fault = ring_->enter(wait_for, timeout_ns);
-        if (fault != 0 && fault != EINTR && fault != EAGAIN && fault != EBUSY && fault != ETIME)
-            std::abort();  // reads may be under way into memory that is not ours
-        reap();
-    }
-
-    void reap() {
-        ring_->reap([&](uint64_t id, int32_t got) {
-            auto slot = int32_t(id);
-            const Read& read = reads_[size_t(slot)];
-            num_under_way_--;
-            status_[slot] = outcome(read, got, data(slot));
-            if (!read.wanted) free_.push_back(slot);
-        });
-    }
-
-    int32_t outcome(const Read& read, int32_t got, const uint8_t* bytes) const {
-        if (got < 0) return -got;
-        if (got != read.num_pages * kPageBytes) return kShort;
-        for (int64_t i = 0; i < read.num_pages; i++) {
-            int64_t page = read.first_page + i;
-            auto size = size_t(std::min(kPageBytes, stream_bytes_ - page * kPageBytes));
-            if (crc32c(0, bytes + i * kPageBytes, size) != page_sums_[page]) return kDamaged;
-        }
-        return kSound;
-    }
-
-    int file_;
-    uint8_t* memory_;
-    int64_t slot_bytes_;
-    int32_t* status_;
-    const uint32_t* page_sums_;
-    int64_t header_bytes_, stream_bytes_;
-    std::vector<Read> reads_;
-    std::vector<int32_t> free_;
-    size_t num_under_way_ = 0;
-    std::unique_ptr<Uring> ring_;
-};
+    if (num_in_memory > 0 && memory->gather(others.data(), n, 0, num_loaded, target, 1) != num_in_memory)
+        return std::nullopt;
+    int64_t first_mapped = memory == nullptr ? 0 : num_loaded;
+    if (num_mapped > 0 && mapped->gather(others.data(), n, first_mapped, mapped->num_rows(), target, 1) != num_mapped)
+        return std::nullopt;
+    return std::pair{num_in_memory, num_mapped};
+}
 
 void register_read_queue(nb::module_& m) {
     nb::class_<ReadQueue>(m, "ReadQueue")
-        .def(nb::init<int, Out1<uint8_t>, int64_t, Out1<int32_t>, Array1<uint32_t>, int64_t, int64_t>(),
+        .def(nb::init<int, Out1<uint8_t>, int64_t, Out1<int32_t>, Array1<uint32_t>, int64_t, int64_t, int, int,
+                      int64_t>(),
              nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
-        .def("submit", &ReadQueue::submit)
+        .def("submit", &ReadQueue::submit, nb::arg("row_ids").noconvert(), nb::arg("first_row"),
+             nb::arg("mapped").none(), nb::arg("slots").noconvert(), nb::arg("begins").noconvert())
+        .def("num_under_way", &ReadQueue::num_under_way)
         .def("poll", &ReadQueue::poll)
         .def("wait", &ReadQueue::wait)
         .def("release", &ReadQueue::release)
         .def("drain", &ReadQueue::drain)
         .def_prop_ro("num_free", &ReadQueue::num_free);
+    m.def("gather_newest", &gather_newest, nb::arg("queue"), nb::arg("memory").none(), nb::arg("num_loaded"),
+          nb::arg("mapped").none(), nb::arg("row_ids").noconvert(), nb::arg("positions").noconvert(),
+          nb::arg("ids").noconvert(), nb::arg("places").noconvert(), nb::arg("slots").noconvert(),
+          nb::arg("begins").noconvert(), nb::arg("out"), nb::arg("out_stride_bytes"), nb::arg("out_type"));
 }
 
 }  // namespace scone

@@ -52,9 +52,36 @@ __attribute__((target("avx"))) static void stream_avx(uint8_t* to, const uint8_t
     }
 }
 
+__attribute__((target("avx512f"))) static void copy_avx512(uint8_t* to, const uint8_t* from, size_t size,
+                                                          const uint8_t* next) {
+    size_t at = 0;
+    for (; at + kLineBytes <= size; at += kLineBytes) {
+        if (next != nullptr) ask_for_line(next + at);
+        _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
+    }
+    if (at == size) return;
+    if (next != nullptr) ask_for_line(next + at);
+    std::memcpy(to + at, from + at, size - at);
+}
+
+// Whole lines in one store each, where the output has them.
+__attribute__((target("avx512f"))) static void stream_avx512(uint8_t* to, const uint8_t* from, size_t size,
+                                                            const uint8_t* next) {
+    if ((uintptr_t(to) | size) % kLineBytes != 0) return stream_avx(to, from, size, next);
+    for (size_t at = 0; at < size; at += kLineBytes) {
+        if (next != nullptr) ask_for_line(next + at);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
+    }
+}
+
+static RowCopies fastest_copies() {
+    if (__builtin_cpu_supports("avx512f")) return {copy_avx512, stream_avx512};
+    if (__builtin_cpu_supports("avx")) return {copy_avx, stream_avx};
+    return {copy_portable, stream_sse2};
+}
+
 const RowCopies& row_copies() {
-    static const RowCopies copies = __builtin_cpu_supports("avx") ? RowCopies{copy_avx, stream_avx}
-                                                                  : RowCopies{copy_portable, stream_sse2};
+    static const RowCopies copies = fastest_copies();
     return copies;
 }
 

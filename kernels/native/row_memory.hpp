@@ -35,7 +35,7 @@ constexpr size_t kCheckBytes = 4096;            // one checksum covers this much
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, waking a thread costs more than it saves
 constexpr int64_t kLeastBytesPerChunk = 64 << 10, kMostBytesPerChunk = 1 << 20;  // what a thread takes at a time
 constexpr int64_t kStreamBytes = 16 << 20;       // more than this would push all else out of the caches
-constexpr int64_t kBytesAhead = 8 << 10;        // of rows on their way while one is copied
+constexpr int64_t kBytesAhead = 16 << 10;       // of rows on their way while one is copied
 constexpr int64_t kUnlockBytes = 256 << 10;     // a shorter copy ends before the GIL, once given away, comes back
 
 // The rows of one table as bytes in memory. Row r lies in block r / rows_per_block; rows.bin is one block.
@@ -133,7 +133,7 @@ class RowMemory {
         }
     }
 
-  private:
+    // Whether a row is wholly in memory. The answer may be outdated when it arrives.
     bool resident(int64_t row) const {
         uintptr_t first = uintptr_t(address(row)) & ~uintptr_t(kPageBytes - 1);
         size_t size = uintptr_t(address(row)) + row_bytes_ - first;
@@ -143,6 +143,8 @@ class RowMemory {
             if (!(pages[p] & 1)) return false;
         return true;
     }
+
+  private:
     struct Job {
         const int64_t* ids;
         int64_t begin, end;

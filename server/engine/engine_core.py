@@ -272,27 +272,28 @@ class EngineCore:
         tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
         deltas = self._accept([g for g, _ in wanted], tokens)
         finished += [(g, delta) for g, delta in deltas if delta.finish_reason is not None]
-        going_on = [(g, delta) for g, delta in deltas if delta.finish_reason is None]
-        # The reads are issued first: they go on while the deltas are delivered.
-        self._inputs.extend([g for g, _ in going_on])
         for generation, delta in finished:
             if generation in self._sequences:
                 self._sequences.finish(generation, delta)
-        for generation, delta in going_on:
-            if generation in self._sequences:  # no receiver of a sibling has failed
+        for generation, delta in deltas:
+            # neither has it ended nor has the receiver of a sibling failed
+            if delta.finish_reason is None and generation in self._sequences:
                 self._sequences.deliver(generation, delta)
 
     def _accept(
         self, generations: Sequence[Generation], tokens: Sequence[SampledToken]
     ) -> list[tuple[Generation, Delta]]:
-        """Appends each sequence's token; requests of which one could not be drawn are ended."""
+        """Appends each token and asks for its row; requests of which one was not drawn are ended."""
         now = time.monotonic()
         for generation, token in zip(generations, tokens, strict=True):
             if token.token_id is None and generation in self._sequences:
                 self._sequences.fail(generation, "the model's output is not finite", forget=True)
+        drawn = [(g, t) for g, t in zip(generations, tokens, strict=True) if g in self._sequences]
+        # The reads are issued first: they go on while text is made and delivered.
+        self._inputs.extend([g for g, token in drawn if g.append(token)])
         deltas = []
-        for generation, token in zip(generations, tokens, strict=True):
-            if generation in self._sequences:  # neither it nor a sibling has failed
+        for generation, token in drawn:
+            if generation in self._sequences:  # its f-gram could be looked for
                 generation.note_token_time(now, self.observer)
                 deltas.append((generation, generation.accept(token)))
         return deltas

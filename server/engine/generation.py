@@ -118,33 +118,41 @@ class Generation:
         """Whether prompt positions are still to be scored, so that none may come from the cache."""
         return self.run.prompt_logprobs is not None and self.num_generated == 0 and self.seq.index == 0
 
+    def append(self, token: SampledToken) -> bool:
+        """Appends a sampled token; whether the sequence goes on, unless the token's text ends it."""
+        assert token.token_id is not None
+        self.seq.token_ids.append(token.token_id)
+        self.sampler.append(token.token_id)
+        self.num_generated += 1
+        return self._end_after(token.token_id)[0] is None
+
     def accept(self, token: SampledToken) -> Delta:
-        """Appends a sampled token; the delta has a finish reason if it was the last one."""
+        """The delta of the token appended last; it has a finish reason if that was the last one."""
         assert token.token_id is not None
         params = self.run.request.sampling
-        token_id = token.token_id
-        self.seq.token_ids.append(token_id)
-        self.sampler.append(token_id)
-        self.num_generated += 1
-        is_eos = token_id in self.eos_ids and not params.ignore_eos
-        is_stop = token_id in params.stop_token_ids
+        reason, stop_reason = self._end_after(token.token_id)
         may_stop = self.num_generated >= params.min_tokens
-        if (is_eos or is_stop) and not params.include_stop_str_in_output:
+        if reason == "stop" and not params.include_stop_str_in_output:
             text = ""
         else:
-            text = self.detokenizer.append(token_id, may_stop=may_stop)
-        reason: FinishReason | None = None
-        stop_reason: str | int | None = None
+            text = self.detokenizer.append(token.token_id, may_stop=may_stop)
         if self.detokenizer.stop_string is not None:
             reason, stop_reason = "stop", self.detokenizer.stop_string
-        elif is_eos or is_stop:
-            reason, stop_reason = "stop", token_id if is_stop else None
-        elif self.num_generated >= params.max_tokens or len(self.seq.token_ids) >= self.max_model_len:
-            reason = "length"
         if reason is not None:
             text += self.detokenizer.finish()
         logprobs = None if token.logprob is None else (token.logprob,)
-        return self.delta(text, (token_id,), logprobs, reason, stop_reason)
+        return self.delta(text, (token.token_id,), logprobs, reason, stop_reason)
+
+    def _end_after(self, token_id: int) -> tuple[FinishReason | None, str | int | None]:
+        """Why the sequence ends with this token, just appended, whatever its text is."""
+        params = self.run.request.sampling
+        if token_id in params.stop_token_ids:
+            return "stop", token_id
+        if token_id in self.eos_ids and not params.ignore_eos:
+            return "stop", None
+        if self.num_generated >= params.max_tokens or len(self.seq.token_ids) >= self.max_model_len:
+            return "length", None
+        return None, None
 
     def note_token_time(self, now: float, observer: EngineObserver) -> None:
         """Tells how long this token has been waited for."""

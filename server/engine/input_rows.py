@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,19 +37,27 @@ class PendingRows(Protocol):
 
     @property
     def row_ids(self) -> NDArray[np.int64]: ...
+    def num_under_way(self) -> int: ...
     def ready(self, begin: int, end: int) -> bool: ...
     def wait(self, begin: int, end: int, timeout: float) -> bool: ...
     def error(self, begin: int, end: int) -> RowReadError | None: ...
     def copy_into(self, picks: NDArray[np.int64], out: Tensor) -> None: ...
+    def gather_newest(
+        self,
+        ids: NDArray[np.int64],
+        places: NDArray[np.int64],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+    ) -> bool: ...
     def cancel(self, begin: int, end: int) -> None: ...
 
 
 class RowSource(Protocol):
     """Reads rows in the background."""
 
-    def submit(
-        self, row_ids: NDArray[np.int64] | Sequence[int], *, apart: bool = False
-    ) -> PendingRows | None: ...
+    def submit(self, row_ids: NDArray[np.int64]) -> PendingRows | None: ...
+    def submit_apart(self, row_ids: NDArray[np.int64]) -> PendingRows | None: ...
 
 
 class Table(Protocol):
@@ -85,8 +93,7 @@ class Table(Protocol):
     def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(NamedTuple):
     """Inputs [start, end) of one sequence: rows [first, last) of what is read."""
 
     start: int
@@ -173,6 +180,15 @@ Rows = Sequence[SequenceRows | None]
 """Of each chunk's sequence, the rows; None: rows of no table, or of another one."""
 
 
+class _Newest(NamedTuple):
+    """The rows of the newest tokens of sequences that go on decoding together: ids[k] of batch[places[k]]."""
+
+    batch: Rows
+    ids: NDArray[np.int64]
+    places: NDArray[np.int64]
+    pending: PendingRows
+
+
 class InputRows:
     """One generation of the table, as the engine uses it."""
 
@@ -190,6 +206,7 @@ class InputRows:
         self.table_id = table_id
         self.row_codec = row_codec
         self._source = source
+        self._newest: _Newest | None = None  # asked for, until a step decodes
         self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -217,20 +234,25 @@ class InputRows:
                 rows.reads.append(_Read(start, end, pending, 0))
             start = end
 
-    def extend(self, batch: Sequence[SequenceRows], token_ids: list[list[int]]) -> bool:
-        """Matches the newest token of each sequence and asks for all their rows at once, if this reads ahead.
+    def extend(self, batch: Sequence[SequenceRows], token_ids: list[list[int]]) -> PendingRows | None:
+        """Matches the newest token of each sequence and asks for all their rows at once.
 
         Returns:
-            Whether any row may have to be waited for: then only by its own sequence.
+            The rows that may have to be waited for, each by its own sequence only; None if there are none.
         """
-        self._match_newest([rows.row_ids for rows in batch], token_ids)
-        pending = self._source.submit([rows.row_ids[-1] for rows in batch], apart=True)
+        self._newest = None  # gives back what it holds
+        num_wanted = self._match_newest([rows.row_ids for rows in batch], token_ids)
+        ids, places = self._wanted[:num_wanted].copy(), self._places[:num_wanted].copy()
+        pending = self._source.submit_apart(ids)
         if pending is None:
-            return False
-        for i in np.flatnonzero(pending.row_ids >= 0).tolist():
+            return None
+        if self.table.device_rows is None:  # else a step has rows to lay that are not the host's
+            self._newest = _Newest(batch, ids, places, pending)
+        awaited = (pending.row_ids >= 0).nonzero()[0]
+        for k, i in zip(awaited.tolist(), places[awaited].tolist(), strict=True):
             num_inputs = len(token_ids[i])
-            batch[i].reads.append(_Read(num_inputs - 1, num_inputs, pending, i))
-        return True
+            batch[i].reads.append(_Read(num_inputs - 1, num_inputs, pending, k))
+        return pending if len(awaited) else None
 
     def wanted(
         self, rows: Rows, chunks: Sequence[Chunk], num_inputs: int
@@ -257,21 +279,33 @@ class InputRows:
         return found[places], places
 
     def look_up_newest(
-        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: RowTarget
+        self,
+        batch: Rows,
+        row_ids: list[list[int]],
+        token_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """`wanted` and `gather` in one for decoding sequences, each asking for the row of its newest token.
 
         Args:
-            row_ids, token_ids: of each sequence; appends to the former.
+            row_ids, token_ids: of each sequence of the batch; may append to the former.
             positions: its input.
             out: its first rows are written, as many as there are.
 
         Returns:
-            As `wanted`. None, and nothing was done, if it cannot be done at once (see the table's method).
+            As `wanted`. None, and nothing was done, if it cannot be done at once: see the table's method and,
+            where rows were asked for ahead, that of what is pending.
 
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
         """
+        newest, self._newest = self._newest, None
+        if newest is not None:
+            is_done = newest.batch == batch and newest.pending.gather_newest(
+                newest.ids, newest.places, row_ids, positions, out
+            )
+            return (newest.ids, newest.places) if is_done else None
         self._make_room(len(row_ids))
         wanted, places = self._wanted, self._places
         num_wanted = self.table.look_up_newest(token_ids, row_ids, positions, out, wanted, places)

@@ -88,9 +88,9 @@ class InputStage:
 
     def _extend_group(self, source: InputRows, group: Sequence[Generation]) -> None:
         rows = [g.rows for g in group if g.rows is not None]
-        if source.extend(rows, [g.seq.token_ids for g in group]):
-            for generation in group:
-                self._sequences.waits.note(generation)
+        pending = source.extend(rows, [g.seq.token_ids for g in group])
+        if pending is not None:
+            self._sequences.waits.expect(pending, group)
 
     def _extend_alone(self, source: InputRows, generation: Generation) -> None:
         try:
@@ -102,22 +102,30 @@ class InputStage:
 
     def embed(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Input embeddings with rows in place; requests whose rows cannot be read are ended."""
-        rows = self._rows_of(chunks)
-        if self._sequences.waits.has_read and any([r is not None and r.reads for r in rows]):
-            chunks = self._end_unreadable(chunks, _read_error)
-            rows = self._rows_of(chunks)
         while chunks:
+            rows = self._rows_of(chunks)
             embeddings = self._runner.embed(chunks)
             try:
-                self._overlay.lay(rows, chunks, embeddings)
+                if not self._overlay.lay_newest(rows, chunks, embeddings):
+                    readable = self._end_unread(rows, chunks)
+                    if len(readable) < len(chunks):
+                        chunks = readable
+                        continue
+                    self._overlay.lay(rows, chunks, embeddings)
                 self._lay_states(chunks, embeddings)
                 return chunks, embeddings
             except RowReadError as error:  # a row in memory is damaged: find out whose
                 readable = self._end_unreadable(chunks, _gather_error)
                 if len(readable) == len(chunks):
                     raise RowReadError(f"rows cannot be read together: {error}") from None
-                chunks, rows = readable, self._rows_of(readable)
+                chunks = readable
         return [], torch.empty(0)
+
+    def _end_unread(self, rows: Sequence[SequenceRows | None], chunks: list[Chunk]) -> list[Chunk]:
+        """Ends the requests whose rows could not be read ahead; returns the others' chunks."""
+        if not self._sequences.waits.has_read or not any([r is not None and r.reads for r in rows]):
+            return chunks
+        return self._end_unreadable(chunks, _read_error)
 
     def _lay_states(self, chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         if self._sequences.recycler is not None:

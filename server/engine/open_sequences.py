@@ -119,6 +119,8 @@ class OpenSequences:
     def _close(self, generation: Generation, forget: bool) -> None:
         del self.by_seq[generation.seq]
         self.waits.forget(generation)
+        if not self.by_seq:
+            self.waits.clear()
         self._overlay.forget_batch()
         if self.recycler is not None:
             self.recycler.forget(generation)

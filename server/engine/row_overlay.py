@@ -38,33 +38,14 @@ class RowOverlay:
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
         self._batch: _Batch | None = None
 
-    def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
-        """Replaces the embeddings of inputs that have a row; done when work launched later runs.
+    def lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
+        """`lay` in few calls, of sequences that decode, the newest token of each.
 
-        Tokens generated last may be matched only now (`InputRows.wanted`).
-
-        Args:
-            rows: of each chunk's sequence; they must be ready and without error.
-            embeddings: (num_inputs, dim) on the device, the chunks' inputs one after the other.
-
-        Raises:
-            RowReadError: a row in memory is damaged or gone; nothing may have been laid.
+        Returns:
+            False, and nothing was done, if that is not what they do, or some row is not at hand.
         """
-        if len(chunks) == len(embeddings) and self._lay_newest(rows, chunks, embeddings):
-            return
-        sources = {r.source for r in rows if r is not None}
-        for source in sources:
-            its_rows = rows
-            if len(sources) > 1:  # while a table is swapped
-                its_rows = [r if r is not None and r.source is source else None for r in rows]
-            self._lay(source, its_rows, chunks, embeddings)
-
-    def forget_batch(self) -> None:
-        """Lets go of the sequences of the last step."""
-        self._batch = None
-
-    def _lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
-        """`lay` of a decode step in few calls; False if it is none, or its rows are not all in memory."""
+        if len(chunks) < len(embeddings):
+            return False
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = _batch_of(rows, chunks)
@@ -74,7 +55,9 @@ class RowOverlay:
         assert slot is not None, "each step gives its slot back"
         try:
             positions = [chunk.start for chunk in chunks]
-            found = batch.source.look_up_newest(batch.row_ids, batch.token_ids, positions, slot.host_target)
+            found = batch.source.look_up_newest(
+                rows, batch.row_ids, batch.token_ids, positions, slot.host_target
+            )
             if found is None:
                 return False
             wanted, places = found
@@ -85,6 +68,30 @@ class RowOverlay:
             return True
         finally:
             self.ring.release(slot)
+
+    def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
+        """Replaces the embeddings of inputs that have a row; done when work launched later runs.
+
+        The way of every step, for those that `lay_newest` leaves. Tokens generated last may be matched only
+        now (`InputRows.wanted`).
+
+        Args:
+            rows: of each chunk's sequence; they must be ready and without error.
+            embeddings: (num_inputs, dim) on the device, the chunks' inputs one after the other.
+
+        Raises:
+            RowReadError: a row in memory is damaged or gone; nothing may have been laid.
+        """
+        sources = {r.source for r in rows if r is not None}
+        for source in sources:
+            its_rows = rows
+            if len(sources) > 1:  # while a table is swapped
+                its_rows = [r if r is not None and r.source is source else None for r in rows]
+            self._lay(source, its_rows, chunks, embeddings)
+
+    def forget_batch(self) -> None:
+        """Lets go of the sequences of the last step."""
+        self._batch = None
 
     def _lay(self, source: InputRows, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         wanted, places = source.wanted(rows, chunks, len(embeddings))

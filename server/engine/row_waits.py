@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from scone.server.engine.generation import Generation
+from scone.server.engine.input_rows import PendingRows
+from scone.server.engine.scheduler import Status
 
 
 class RowWaits:
@@ -18,6 +21,15 @@ class RowWaits:
     def __init__(self) -> None:
         self.has_read = False
         self._reading: set[Generation] = set()
+        self._asked: list[tuple[PendingRows, Sequence[Generation]]] = []
+
+    def expect(self, pending: PendingRows, generations: Sequence[Generation]) -> None:
+        """The newest tokens' rows were asked for, of sequences that had all others.
+
+        Most have come when the next step is made: until then nothing is noted of single sequences.
+        """
+        self.has_read = True
+        self._asked.append((pending, generations))
 
     def note(self, generation: Generation) -> None:
         """Tells the scheduler which inputs of a sequence have their rows; to be called when that changes."""
@@ -38,6 +50,11 @@ class RowWaits:
         """It waits for nothing any more."""
         self._reading.discard(generation)
 
+    def clear(self) -> None:
+        """There are no sequences any more."""
+        self._reading.clear()
+        self._asked.clear()
+
     def poll(self) -> None:
         """Notes what has arrived."""
         for generation in list(self._reading):
@@ -53,11 +70,21 @@ class RowWaits:
             step_seconds: what a step takes.
         """
         awaited = [g for g in self._reading if not g.was_awaited and g.seq.num_uncomputed_tokens == 1]
-        if not awaited:
-            return
-        deadline = time.monotonic() + len(awaited) / max(1, num_running) * step_seconds
+        num_awaited = len(awaited) + sum(pending.num_under_way() for pending, _ in self._asked)
+        deadline = time.monotonic() + num_awaited / max(1, num_running) * step_seconds
+        for pending, generations in self._asked if num_awaited else ():
+            if not pending.wait(0, len(pending.row_ids), max(0.0, deadline - time.monotonic())):
+                self._note_late(generations)
+        self._asked.clear()
         for generation in awaited:
             generation.was_awaited = True
             assert generation.rows is not None
             generation.rows.wait(deadline - time.monotonic())
             self.note(generation)
+
+    def _note_late(self, generations: Sequence[Generation]) -> None:
+        """Some of their rows have been waited for in vain."""
+        for generation in generations:
+            if generation.seq.status is not Status.FINISHED:
+                self.note(generation)
+                generation.was_awaited = generation in self._reading

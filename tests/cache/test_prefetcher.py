@@ -17,6 +17,7 @@ from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.cache.errors import RowReadError
 from scone.cache.prefetcher import PendingRows
 from scone.cache.queued_rows import QueuedRows
+from scone.cache.ram_rows import RamRows
 from scone.cache.row_reader import MappedReader
 from scone.cache.stats import TableStats
 from scone.model_store.fgram_set import FGramSet
@@ -40,7 +41,7 @@ class GatedReader(MappedReader):
     def may_wait(self, row_ids: NDArray[np.int64], begin: int, end: int) -> NDArray[np.bool_]:
         return row_ids >= 0
 
-    def open_queue(self, stats: TableStats) -> None:
+    def open_queue(self, stats: TableStats, ram: RamRows | None) -> None:
         """Workers read: only they can be held up."""
 
 
@@ -151,7 +152,7 @@ def test_rows_of_several_parties_fail_apart(slow: tuple[FGramTable, GatedReader]
     reader.broken = frozenset({7, 9})
     reader.gate.set()
     with Prefetcher(table) as prefetcher:
-        pending = prefetcher.submit([6, 7, 8, 9], apart=True)
+        pending = prefetcher.submit_apart(np.array([6, 7, 8, 9]))
         assert "EIO" in error(pending, 1, 2)
         assert pending is not None
         assert pending.error(2, 3) is None

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.cache.queued_rows import NUM_SLOTS, QueuedRows, RowQueue
+from scone.cache.row_reader import MappedReader
 from scone.kernels.disk_read import uring_available
+from scone.kernels.gather import RowTarget
 from scone.kernels.row_codec import CODECS
 from scone.model_store.fgram_set import FGramSet
 
@@ -29,10 +31,14 @@ def path(tmp_path_factory: pytest.TempPathFactory, zipf_fgrams: FGramSet, write_
     return write_table(tmp_path_factory.mktemp("table") / "t", zipf_fgrams, dim=97)
 
 
-def opened(path: Path, reader: str) -> tuple[FGramTable, RowQueue]:
-    table = FGramTable.open(path, TableConfig(disk_reader=reader))
+def opened(path: Path, reader: str, ram_bytes: int = 0) -> tuple[FGramTable, RowQueue]:
+    """A queue that reads what the page cache holds, too."""
+    table = FGramTable.open(path, TableConfig(disk_reader=reader, ram_bytes=ram_bytes))
+    table.wait_loaded()
     queue = table.open_queue()
     assert queue is not None
+    assert (queue.mapped is not None) == (reader == "mmap")
+    queue.mapped = None
     return table, queue
 
 
@@ -64,7 +70,6 @@ def test_rows_are_those_of_the_readers(
             assert torch.equal(out[ids >= 0], table.rows(ids[ids >= 0]).to(dtype))
             assert (out[ids < 0] == 3.0).all()
             del pending
-    queue.reads.poll()
     assert queue.reads.num_free == NUM_SLOTS
     assert table.stats.by_tier["disk"].num_rows >= 2 * sum(len(set(b.tolist()) - {-1}) for b in batches)
 
@@ -121,7 +126,7 @@ def test_a_failing_disk_is_an_error(path: Path) -> None:
     """A file that cannot be read (a directory) stands in for the disk: the errno is the read's own."""
     table = FGramTable.open(path)
     fd = os.open(path, os.O_RDONLY)
-    queue = RowQueue.open(table._files, fd, table.stats)
+    queue = RowQueue.open(table._files, fd, table.stats, None)
     assert queue is not None
     pending = queue.submit(np.array([1, 2]))
     assert pending is not None
@@ -130,15 +135,142 @@ def test_a_failing_disk_is_an_error(path: Path) -> None:
     os.close(fd)
 
 
+class Step:
+    """Sequences that decode: some want a row, some none."""
+
+    def __init__(self, table: FGramTable, queue: RowQueue, seed: int, first_row: int) -> None:
+        generator = np.random.default_rng(seed)
+        newest = generator.integers(0, table.num_fgrams, 24)
+        newest[generator.random(24) < 0.3] = -1
+        newest[[3, 4]] = table.num_fgrams - 1  # twice the same row
+        self.row_ids = [[7] * i + [row_id] for i, row_id in enumerate(newest.tolist())]
+        self.positions = list(range(24))
+        self.places = np.flatnonzero(newest >= 0)
+        self.ids = newest[self.places]
+        pending = queue.submit(self.ids, first_row)
+        assert pending is not None
+        self.pending = pending
+
+    def gather(self, out: Tensor) -> bool:
+        return self.pending.gather_newest(
+            self.ids, self.places, self.row_ids, self.positions, RowTarget.of(out)
+        )
+
+
+def gathered(step: Step, dim: int, dtype: torch.dtype) -> Tensor:
+    out = torch.full((30, dim), 3.0, dtype=dtype)
+    assert step.pending.wait(0, len(step.ids), 30)
+    assert step.gather(out)
+    assert (out[len(step.ids) :] == 3.0).all()
+    return out[: len(step.ids)]
+
+
+@pytest.mark.parametrize("num_ram_rows", [0, 1500])
+@pytest.mark.parametrize("reader", ["mmap", "mapped", "direct"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_step_gathers_rows_from_wherever_they_are(
+    tmp_path: Path,
+    zipf_fgrams: FGramSet,
+    write_table: WriteTable,
+    codec: str,
+    reader: str,
+    num_ram_rows: int,
+) -> None:
+    dim = 96 if codec in ("int4", "fp8") else 97
+    path = write_table(tmp_path / "t", zipf_fgrams, dim=dim, codec=codec)
+    files = FGramTable.open(path)._files
+    in_page_cache = reader == "mapped"
+    table, queue = opened(
+        path, "direct" if reader == "direct" else "mmap", num_ram_rows * files.manifest.row_bytes
+    )
+    if in_page_cache:
+        queue.mapped = MappedReader(files)._memory
+        FGramTable.open(path).rows(np.arange(table.num_fgrams))
+    assert table.num_memory_rows == num_ram_rows
+    num_rows = {"ram": 0, "disk": 0}
+    for seed in range(6):
+        step = Step(table, queue, seed, num_ram_rows)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = gathered(step, dim, dtype)
+            assert torch.equal(out, table.rows(step.ids).to(dtype))
+            num_rows["ram"] += int((step.ids < num_ram_rows).sum())
+        is_read = (step.ids >= num_ram_rows) & (not in_page_cache)
+        assert (step.pending.row_ids == np.where(is_read, step.ids, -1)).all()
+        assert step.pending.num_reads == len(set(step.ids[is_read].tolist()))
+        num_rows["disk"] += step.pending.num_reads
+        del step
+    assert queue.reads.num_free == NUM_SLOTS
+    stats = queue.stats.by_tier
+    # beside what the step gathered, `table.rows` read all of it once for each type
+    assert stats["ram"].num_rows == 2 * num_rows["ram"]
+    assert stats["disk"].num_rows > num_rows["disk"]
+
+
+def test_a_step_does_not_gather_what_it_cannot_at_once(path: Path, tmp_path: Path) -> None:
+    table, queue = opened(path, "direct", 1500 * 194)
+    out = torch.zeros(30, 97)
+    step = Step(table, queue, 1, 1500)
+    gathered(step, 97, torch.float32)
+
+    step.positions[5] += 1  # an input beyond the newest token that was matched
+    assert not step.gather(out)
+    step.positions[5] -= 1
+    step.row_ids[step.places[0]][-1] += 1  # another row
+    assert not step.gather(out)
+    step.row_ids[step.places[0]][-1] = -1
+    assert not step.gather(out)
+    step.row_ids[step.places[0]][-1] = int(step.ids[0])
+    gathered(step, 97, torch.float32)
+    assert table._row_tiers.ram is not None
+    table._row_tiers.ram.shrink_to(10)  # rows that nobody has asked the disk for
+    assert not step.gather(out)
+
+    with pytest.raises(ValueError, match="out has shape"):
+        step.gather(out[:5])
+    with pytest.raises(ValueError, match="out has shape"):
+        step.gather(torch.zeros(30, 96))
+    with pytest.raises(ValueError, match="beyond the table"):
+        queue.submit(np.array([table.num_fgrams]))
+
+
+def test_a_step_with_a_damaged_row_is_gathered_one_by_one(path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(path, tmp_path / "t")
+    table, queue = opened(copy, "direct")
+    step = Step(table, queue, 1, 0)
+    gathered(step, 97, torch.float32)
+    with open(copy / "rows.bin", "r+b") as file:
+        file.seek(4096 + int(step.ids[2]) * 194)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    step = Step(table, queue, 1, 0)
+    assert step.pending.wait(0, len(step.ids), 30)
+    assert not step.gather(torch.zeros(30, 97))
+    damaged = [k for k in range(len(step.ids)) if step.pending.error(k, k + 1) is not None]
+    assert 2 in damaged
+    assert len(damaged) < 4
+    sound = [k for k in range(len(step.ids)) if k not in damaged]
+    out = torch.zeros(len(sound), 97)
+    step.pending.copy_into(np.array(sound), out)
+    assert torch.equal(out, table.rows(step.ids[sound]).float())
+
+
 def test_the_newest_tokens_rows_take_this_way_and_others_the_workers(path: Path) -> None:
     table, _ = opened(path, "direct")
     with Prefetcher(table) as prefetcher:
-        queued = prefetcher.submit([5, -1, 7], apart=True)
+        queued = prefetcher.submit_apart(np.array([5, -1, 7]))
         assert isinstance(queued, QueuedRows)
         assert torch.equal(rows_of(queued, 97, torch.float32)[[0, 2]], table.rows([5, 7]).float())
-        held = [prefetcher.submit(np.arange(NUM_SLOTS - 3), apart=True)]
-        held.append(prefetcher.submit(np.arange(10), apart=True))
+        held = [prefetcher.submit_apart(np.arange(NUM_SLOTS - 3))]
+        held.append(prefetcher.submit_apart(np.arange(10)))
         assert [isinstance(pending, QueuedRows) for pending in held] == [True, False], "without room: workers"
         assert not isinstance(prefetcher.submit(np.arange(10)), QueuedRows)
         assert held[1] is not None
         assert held[1].wait(0, 10, 30)
+    table = FGramTable.open(path, TableConfig(disk_reader="mmap"))
+    table.rows(np.arange(table.num_fgrams))
+    with Prefetcher(table) as prefetcher:
+        there = prefetcher.submit_apart(np.array([5, 7]))
+        assert isinstance(there, QueuedRows)
+        assert there.num_reads == there.num_under_way() == 0, "it lies in the page cache"
+        assert table.stats.prefetches == {"inline": 1}

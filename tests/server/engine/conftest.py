@@ -58,6 +58,7 @@ class DictTable:
         self.held: set[int] | None = set()
         self.num_read = 0
         self.num_looked_up = 0
+        self.num_gathered = 0
         self.num_cancelled = 0
         self.waits: list[float] = []
 
@@ -138,17 +139,21 @@ class DictTable:
                 out[i] = self.row(row_id)
                 self.num_read += 1
 
-    def submit(
-        self, row_ids: np.ndarray[Any, Any] | Sequence[int], *, apart: bool = False
-    ) -> DictRead | None:
-        ids = np.asarray(row_ids).tolist()
-        awaited = [r if self.slow is None or r in self.slow else -1 for r in ids]
-        return DictRead(self, np.array(awaited)) if max(awaited) >= 0 else None
+    def submit(self, row_ids: np.ndarray[Any, Any]) -> DictRead | None:
+        read = self.submit_apart(row_ids)
+        return read if read.num_under_way() or (read.row_ids >= 0).any() else None
+
+    def submit_apart(self, row_ids: np.ndarray[Any, Any]) -> DictRead:
+        is_slow = [self.slow is None or row_id in self.slow for row_id in row_ids.tolist()]
+        return DictRead(self, np.where(is_slow, row_ids, -1))
 
 
 class DictRead:
     def __init__(self, table: DictTable, row_ids: np.ndarray[Any, Any]) -> None:
         self.table, self.row_ids = table, row_ids
+
+    def num_under_way(self) -> int:
+        return sum(not self.ready(i, i + 1) for i in range(len(self.row_ids)) if self.row_ids[i] >= 0)
 
     def ready(self, begin: int, end: int) -> bool:
         held = self.table.held
@@ -169,6 +174,24 @@ class DictRead:
                 assert self.row_ids[pick] >= 0
                 out[i] = self.table.row(self.row_ids[pick])
                 self.table.num_read += 1
+
+    def gather_newest(
+        self,
+        ids: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+        row_ids: list[list[int]],
+        positions: list[int],
+        out: RowTarget,
+    ) -> bool:
+        newest = [[i, its[-1]] for i, its in enumerate(row_ids) if its[-1] >= 0]
+        if newest != np.stack((places, ids), 1).tolist() or positions != [len(its) - 1 for its in row_ids]:
+            return False
+        if self.num_under_way() or not self.table.broken.isdisjoint(ids.tolist()):
+            return False
+        self.table.read_into(np.where(self.row_ids < 0, ids, -1), out.rows[: len(ids)])
+        self.copy_into(np.where(self.row_ids < 0, -1, np.arange(len(ids))), out.rows[: len(ids)])
+        self.table.num_gathered += len(ids)
+        return True
 
     def cancel(self, begin: int, end: int) -> None:
         self.table.num_cancelled += 1

@@ -43,10 +43,11 @@ def test_a_late_device_gives_the_same_tokens(
     expected = answers(make_world, dict_table, None)
     for seed in range(NUM_SEEDS):
         device = SimDevice(seed)
-        num_before = dict_table.num_looked_up
+        num_before, num_gathered = dict_table.num_looked_up, dict_table.num_gathered
         assert answers(make_world, dict_table, device) == expected
-        # in one call where all is in memory
+        # in one call, where all is in memory and where it is not
         assert (dict_table.num_looked_up > num_before) == (slow == set())
+        assert (dict_table.num_gathered > num_gathered) == (slow != set())
         assert device.usage.copied_bytes > 50 * 4 * dict_table.dim
 
 
