@@ -72,7 +72,7 @@ def spare_cache_bytes(device: torch.device, reserved_bytes: int) -> int:
     spare = int(CACHE_SHARE * (free_bytes - reserved_bytes))
     if spare <= 0:
         raise SettingError(
-            f"device_bytes is {reserved_bytes}, wanted less than the {free_bytes} bytes that are free on {device}"
-            " beside the weights"
+            f"device_bytes is {reserved_bytes}, wanted less than what is free on {device} beside the weights,"
+            f" {free_bytes} bytes"
         )
     return spare
