@@ -50,7 +50,7 @@ def _check_choice(sampling: SamplingParams, vocab_size: int, eos_ids: Sequence[i
     final_ids = sampling.final_ids(eos_ids)
     if all(token_id in final_ids for token_id in allowed):
         raise InvalidRequestError(
-            f"min_tokens is {sampling.min_tokens}, but every token of {where} ends the answer (end of text or "
-            "stop_token_ids): allow another token, or set min_tokens to 0",
+            f"min_tokens is {sampling.min_tokens}, but every token of {where} ends the answer (end of text"
+            " or stop_token_ids): allow another token, or set min_tokens to 0",
             param="min_tokens",
         )

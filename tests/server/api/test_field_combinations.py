@@ -1,4 +1,4 @@
-"""Fields that are each valid and may not be servable together: a clear 400 or a right answer, never an error."""
+"""Fields that are each valid but may not go together: a clear 400 or a right answer, never an error."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from scone.server.engine.input_rows import InputRows
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
-from .conftest import DictTable, Outcome, naive_greedy, random_prompt
+from .conftest import Outcome, naive_greedy, random_prompt
+from .dict_table import DictTable
 
 MakeEngine = Callable[..., Engine]
 

@@ -14,7 +14,8 @@ from scone.cache.errors import RowReadError
 from scone.kernels.extension import native
 from scone.model_store.decoder import Decoder
 
-from .conftest import DictTable, World, naive_greedy, naive_logits, random_prompt
+from .conftest import World, naive_greedy, naive_logits, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 
