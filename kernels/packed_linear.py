@@ -110,8 +110,10 @@ def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
 
 def rounded_input_reference(x: Tensor, kind: WeightKind) -> Tensor:
     """The inputs as a map of that kind uses them."""
-    if kind in ("f32", "bf16"):
+    if kind == "f32":
         return x
+    if kind == "bf16":
+        return x.bfloat16().float()
     limit = torch.tensor(32767.0 if kind == "int8" else 127.0)
     groups = _groups(x)
     largest = groups.abs().amax(-1, keepdim=True)

@@ -26,6 +26,7 @@ from scone.server.engine.scheduler import Chunk, Sequence
 
 SETTINGS: tuple[tuple[Backend, Quantization], ...] = (
     ("native", "none"),
+    ("native", "bfloat16"),
     ("native", "auto"),
     ("native", "int8"),
     ("native", "int4"),

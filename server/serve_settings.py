@@ -145,7 +145,7 @@ ENGINE_SETTINGS = (
     Setting(
         name="quantization",
         default=_ENGINE.quantization,
-        choices=("auto", "none", "int8", "int4"),
+        choices=("auto", "none", "bfloat16", "int8", "int4"),
         help="bits of the layers' weights; auto takes the fewest that keep the checkpoint's values",
     ),
     Setting(

@@ -82,7 +82,8 @@ class SamplingFields(JsonModel):
     min_p: Annotated[JsonFloat, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[JsonFloat, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[JsonFloat, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[JsonFloat, Field(gt=0, le=100)] = 1.0
+    # Logits are divided by it: with much less they would overflow float32.
+    repetition_penalty: Annotated[JsonFloat, Field(ge=0.01, le=100)] = 1.0
     logit_bias: LogitBias = Field(default_factory=dict, description="Token id to bias, -100 to 100.")
     seed: Annotated[JsonInt, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = Field(
         None, description="The same seed gives the same tokens, alone or in any batch."
@@ -125,6 +126,8 @@ class SamplingFields(JsonModel):
         check_token_ids(list(logit_bias), vocab_size, "logit_bias")
         check_token_ids(self.stop_token_ids, vocab_size, "stop_token_ids")
         check_token_ids(self.allowed_token_ids or [], vocab_size, "allowed_token_ids")
+        # Each once: a long list of the same would take as many rows of the head.
+        allowed_ids = None if self.allowed_token_ids is None else tuple(dict.fromkeys(self.allowed_token_ids))
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -135,7 +138,7 @@ class SamplingFields(JsonModel):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=logit_bias,
-            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            allowed_token_ids=allowed_ids,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "bfloat16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch"]
 
 

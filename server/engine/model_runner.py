@@ -281,7 +281,7 @@ def choose_backend(decoder: Decoder, config: EngineConfig) -> str:
         return "native"
     for name, needed in (
         ("backend native", config.backend == "native"),
-        (f"quantization {config.quantization}", config.quantization in ("int8", "int4")),
+        (f"quantization {config.quantization}", config.quantization in ("bfloat16", "int8", "int4")),
         ("deterministic", config.deterministic),
     ):
         if needed:

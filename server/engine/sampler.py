@@ -37,8 +37,7 @@ class SamplerState:
         self.params = params
         seed = secrets.randbits(63) if params.seed is None else params.seed + index
         self._generator = np.random.Generator(np.random.Philox(seed % 2**64))
-        final_ids = {*(() if params.ignore_eos else eos_ids), *params.stop_token_ids}
-        self.edits = LogitEdits(params, prompt_ids, sorted(final_ids))
+        self.edits = LogitEdits(params, prompt_ids, sorted(params.final_ids(eos_ids)))
         self.is_greedy = params.temperature < GREEDY_BELOW
 
     @property

@@ -176,6 +176,7 @@ def test_overflow_is_cut_to_the_context(server: Any) -> None:
         ({"logit_bias": {"7": 101}}, "logit_bias"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"stop_token_ids": [300]}, "stop_token_ids"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
@@ -243,7 +244,7 @@ def test_sampling_fields_reach_the_engine(scripted_server: Any, scripted: Any) -
         prompt="ab", temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-3, stop="x",
         logit_bias={"7": -100}, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5,
         min_tokens=2, ignore_eos=True,
-        stop_token_ids=[9], allowed_token_ids=[70, 71], include_stop_str_in_output=True,
+        stop_token_ids=[9], allowed_token_ids=[70, 71, 70], include_stop_str_in_output=True,
         skip_special_tokens=False, max_tokens=4.0,
     )  # fmt: skip
     sampling = scripted.requests[-1].sampling

@@ -22,7 +22,8 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.input_rows import read_ahead
 from scone.server.engine.model_runner import ModelRunner
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 from .recycled_world import counted
 from .restarts import Restarts
 

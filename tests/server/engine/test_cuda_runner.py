@@ -30,7 +30,8 @@ from scone.server.engine.step_inputs import Step, StepInputs
 from tests.conftest import Forgetful
 from tests.kernels.interpreted import OneValue
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 
 BLOCK_SIZE = 4
 
