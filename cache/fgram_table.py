@@ -240,11 +240,12 @@ class FGramTable:
         wanted: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> int | None:
-        """`match_newest`, and the row of wanted[k] to out[k], in one native call where all rows are in RAM.
+        """`match_newest`, and the rows to `out`, in one native call where all rows are in RAM.
 
         Args:
             positions: of each sequence, the input that is asked for.
-            out: of at least as many rows as there are sequences.
+            out: of at least as many rows as there are sequences; the row of wanted[k] goes to out[k] or, by
+                place, to out[places[k]].
 
         Returns:
             How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or
@@ -270,7 +271,9 @@ class FGramTable:
             if ram.num_shrinks == num_shrinks:
                 self._row_tiers.count_read(ram.tier, num_wanted, time.perf_counter() - started)
             else:  # rows may have been given up before they were copied
-                self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
+                rows = torch.empty(num_wanted, self.dim, dtype=out.rows.dtype)
+                self.read_into(wanted[:num_wanted], rows)
+                out.put(rows, places[:num_wanted])
         return num_wanted
 
     def rows(self, row_ids: Ids) -> Tensor:

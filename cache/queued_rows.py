@@ -156,7 +156,9 @@ class QueuedRows:
     def gather_newest(
         self, ids: I64, places: I64, row_ids: list[list[int]], positions: list[int], out: RowTarget
     ) -> bool:
-        """Writes row ids[k] to out[k], those in memory too; false if that cannot be done at once.
+        """Writes row ids[k] to out[k], or out[places[k]], as `out` says; false if that cannot be done at once.
+
+        Those in memory too.
 
         Args:
             ids: (n,) what was submitted.

@@ -165,10 +165,12 @@ def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RowTarget:
-    """Where rows go, as the native kernels take it: made once for memory that is written again and again.
+    """Where the rows of a decode step go, as the native kernels take it: made once for memory of fixed address.
 
     Attributes:
         rows: (num_rows, dim).
+        by_place: whether the row of sequence i goes to rows[i]; else the rows that there are lie one after
+            the other.
     """
 
     rows: Tensor
@@ -177,12 +179,20 @@ class RowTarget:
     address: int
     stride_bytes: int
     dtype_id: int
+    by_place: bool
 
     @classmethod
-    def of(cls, out: Tensor) -> Self:
+    def of(cls, out: Tensor, *, by_place: bool = False) -> Self:
         """Raises ValueError: `out` cannot take decoded rows."""
         num_rows, dim = out.shape if out.dim() == 2 else (-1, -1)
-        return cls(out, num_rows, dim, *check_out(out, num_rows, dim))
+        return cls(out, num_rows, dim, *check_out(out, num_rows, dim), by_place)
+
+    def put(self, rows: Tensor, places: NDArray[np.int64]) -> None:
+        """Writes rows (n, dim), of the sequences `places` (n,); what the kernels do without a copy between."""
+        if self.by_place:
+            self.rows[torch.from_numpy(places)] = rows
+        else:
+            self.rows[: len(rows)] = rows
 
 
 def check_out(out: Tensor, num_rows: int, dim: int) -> tuple[int, int, int]:

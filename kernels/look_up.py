@@ -7,6 +7,7 @@ since that is what an engine keeps of its sequences.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from scone.kernels.extension import native
@@ -26,7 +27,7 @@ def look_up_newest(
     wanted: NDArray[np.int64],
     places: NDArray[np.int64],
 ) -> int | None:
-    """As `Matcher.match_newest`, and the row of wanted[k] is written to out[k].
+    """As `Matcher.match_newest`, and the row of wanted[k] is written to out[k], or, by place, to out[places[k]].
 
     Args:
         memory: of checked bytes: without checksums of its own.
@@ -56,6 +57,7 @@ def look_up_newest(
         out.address,
         out.stride_bytes,
         out.dtype_id,
+        out.by_place,
         wanted,
         places,
     )
@@ -87,5 +89,7 @@ def look_up_reference(
         return None
     for ids, more in zip(row_ids, found, strict=True):
         ids += more
-    memory.gather(wanted[:num_wanted], 0, memory.num_rows, out.rows[:num_wanted])
+    rows = torch.empty(num_wanted, out.dim, dtype=out.rows.dtype)
+    memory.gather(wanted[:num_wanted], 0, memory.num_rows, rows)
+    out.put(rows, places[:num_wanted])
     return num_wanted

@@ -166,7 +166,7 @@ class RowMemory {
         // Each piece begins without rows on their way: few of them, but enough that no thread waits long.
         int64_t num_bytes = n * int64_t(row_bytes_) / (8 * num_threads);
         int64_t chunk = std::clamp(num_bytes, kLeastBytesPerChunk, kMostBytesPerChunk) / int64_t(row_bytes_) + 1;
-        team_->run([&](int t) {
+        team_->run_available([&](int t) {
             team_->share(int(n), int(chunk), [&](int from, int to) {
                 int64_t& result = results[size_t(t)];
                 if (result < 0) return;

@@ -285,31 +285,34 @@ class InputRows:
         token_ids: list[list[int]],
         positions: list[int],
         out: RowTarget,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int | None:
         """`wanted` and `gather` in one for decoding sequences, each asking for the row of its newest token.
 
         Args:
             row_ids, token_ids: of each sequence of the batch; may append to the former.
             positions: its input.
-            out: its first rows are written, as many as there are.
+            out: of at least as many rows as there are sequences.
+            wanted, places: (at least batch,) are filled with what `wanted` returns.
 
         Returns:
-            As `wanted`. None, and nothing was done, if it cannot be done at once: see the table's method and,
-            where rows were asked for ahead, that of what is pending.
+            How many rows there are. None, and nothing was done, if it cannot be done at once: see the table's
+            method and, where rows were asked for ahead, that of what is pending.
 
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
         """
         newest, self._newest = self._newest, None
         if newest is not None:
-            is_done = newest.batch == batch and newest.pending.gather_newest(
+            num_wanted = len(newest.ids)
+            if newest.batch != batch or not newest.pending.gather_newest(
                 newest.ids, newest.places, row_ids, positions, out
-            )
-            return (newest.ids, newest.places) if is_done else None
-        self._make_room(len(row_ids))
-        wanted, places = self._wanted, self._places
-        num_wanted = self.table.look_up_newest(token_ids, row_ids, positions, out, wanted, places)
-        return None if num_wanted is None else (wanted[:num_wanted], places[:num_wanted])
+            ):
+                return None
+            wanted[:num_wanted], places[:num_wanted] = newest.ids, newest.places
+            return num_wanted
+        return self.table.look_up_newest(token_ids, row_ids, positions, out, wanted, places)
 
     def gather(
         self,

@@ -1,6 +1,7 @@
 """Lays the f-gram rows of a step over its token embeddings, wherever the model's memory is.
 
-Host gathers, copy stream copies, compute stream lays: between them stands the staging ring.
+Host gathers, copy stream copies, compute stream lays: between them stands the staging ring. Where the model
+computes on the host, the rows of a step that only decodes are written over the embeddings themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import StagingRing
+from scone.kernels.gather import RowTarget
 from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
 
@@ -28,6 +31,19 @@ class _Batch(NamedTuple):
     row_ids: list[list[int]]
     token_ids: list[list[int]]
 
+    def look_up(
+        self,
+        chunks: Sequence[Chunk],
+        out: RowTarget,
+        wanted: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> int | None:
+        """As `InputRows.look_up_newest`."""
+        positions = [chunk.start for chunk in chunks]
+        return self.source.look_up_newest(
+            self.rows, self.row_ids, self.token_ids, positions, out, wanted, places
+        )
+
 
 class RowOverlay:
     """The engine's one way from rows to the model; holds all memory for it from the start."""
@@ -37,6 +53,7 @@ class RowOverlay:
         self.device = device
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
         self._batch: _Batch | None = None
+        self._row_ids, self._places = np.empty((2, max_num_inputs), np.int64)
 
     def lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
         """`lay` in few calls, of sequences that decode, the newest token of each.
@@ -51,21 +68,17 @@ class RowOverlay:
             batch = self._batch = _batch_of(rows, chunks)
             if batch is None:
                 return False
+        if self.device.is_host:  # straight to where the model reads
+            target = RowTarget.of(embeddings, by_place=True)
+            return batch.look_up(chunks, target, self._row_ids, self._places) is not None
         slot = self.ring.reserve(len(chunks))
         assert slot is not None, "each step gives its slot back"
         try:
-            positions = [chunk.start for chunk in chunks]
-            found = batch.source.look_up_newest(
-                rows, batch.row_ids, batch.token_ids, positions, slot.host_target
-            )
-            if found is None:
-                return False
-            wanted, places = found
-            if len(wanted):
-                self.ring.commit(slot, wanted, places)
-                staged, device_places = self.ring.use(slot, wanted)
-                self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(wanted)], staged))
-            return True
+            num_rows = batch.look_up(chunks, slot.host_target, slot.row_ids, slot.indices)
+            if num_rows:
+                staged, places = self.ring.hand_over(slot, num_rows)
+                self.device.launch(partial(embeddings.index_copy_, 0, places, staged))
+            return num_rows is not None
         finally:
             self.ring.release(slot)
 

@@ -88,7 +88,9 @@ class DictTable:
         if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
             return None
         num_wanted = self.match_newest(sequences, row_ids, wanted, places)
-        self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
+        rows = torch.empty(num_wanted, self.dim)
+        self.read_into(wanted[:num_wanted], rows)
+        out.put(rows, places[:num_wanted])
         self.num_looked_up += num_wanted
         return num_wanted
 
@@ -163,8 +165,10 @@ class DictRead:
             return False
         if self.num_under_way() or not self.table.broken.isdisjoint(ids.tolist()):
             return False
-        self.table.read_into(np.where(self.row_ids < 0, ids, -1), out.rows[: len(ids)])
-        self.copy_into(np.where(self.row_ids < 0, -1, np.arange(len(ids))), out.rows[: len(ids)])
+        rows = torch.empty(len(ids), self.table.dim)
+        self.table.read_into(np.where(self.row_ids < 0, ids, -1), rows)
+        self.copy_into(np.where(self.row_ids < 0, -1, np.arange(len(ids))), rows)
+        out.put(rows, places)
         self.table.num_gathered += len(ids)
         return True
 
