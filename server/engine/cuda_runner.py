@@ -15,8 +15,8 @@ from scone.cache.device import Device
 from scone.kernels.triton_attention import queries_per_tile
 from scone.model_store.decoder import Decoder
 from scone.server.engine.engine_config import EngineConfig
-from scone.server.engine.layer_range import LayerRange
-from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
+from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
+from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.scheduler import Chunk
 from scone.server.engine.step_graphs import StepGraphs, StepShape, StepShapes
 from scone.server.engine.step_inputs import Step, StepInputs

@@ -111,6 +111,7 @@ class Engine:
         self._open: dict[str, RequestRun] = {}
         self._num_queued_tokens = 0
         self._num_arrivals = 0
+        self._num_settled = 0  # sequences that had ended when the books were last looked through
         self._is_draining = False
         self._is_stopping = False
         self._last_step = time.monotonic()
@@ -321,7 +322,11 @@ class Engine:
         return POSTED_WAIT_SECONDS if is_told else STARVED_WAIT_SECONDS
 
     def _forget_settled(self) -> None:
-        """Takes started requests off the queue's count and ended ones off the books."""
+        """Takes started requests off the queue's count and ended ones off the books, if there may be any."""
+        num_finished = self._core.num_finished
+        if not (self._queued or self._retired) and num_finished == self._num_settled:
+            return
+        self._num_settled = num_finished
         with self._changed:
             for request_id, run in list(self._queued.items()):
                 if run.started_at is not None or run.is_over:

@@ -23,8 +23,8 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import RequestRun
 from scone.server.engine.input_rows import InputRows
-from scone.server.engine.layer_range import LayerRange
-from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
+from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
+from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.observer import SilentObserver
 from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
