@@ -60,7 +60,7 @@ class FGramTable:
         """Use `open`."""
         self.stats = stats or TableStats()
         self._files = files
-        self._num_rows = files.manifest.num_fgrams
+        self._num_rows, self._row_bytes = files.manifest.num_fgrams, files.manifest.row_bytes
         self._index = TableIndex(files, self.stats)
         self._row_tiers = RowTiers(files, disk, ram, self.stats)
         self._row_share: RowShare | None = None
@@ -269,7 +269,8 @@ class FGramTable:
             raise self._index.read_error(error) from None
         if num_wanted:
             if ram.num_shrinks == num_shrinks:
-                self._row_tiers.count_read(ram.tier, num_wanted, time.perf_counter() - started)
+                num_bytes = num_wanted * self._row_bytes
+                self.stats.add_read("ram", num_wanted, num_bytes, time.perf_counter() - started)
             else:  # rows may have been given up before they were copied
                 rows = torch.empty(num_wanted, self.dim, dtype=out.rows.dtype)
                 self.read_into(wanted[:num_wanted], rows)

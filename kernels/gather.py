@@ -6,8 +6,7 @@ exception and not a dead process) or on its NumPy/torch oracle. Knows bytes and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -163,9 +162,8 @@ def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
         raise IndexError(f"row id {largest} is beyond the table's {num_ids} rows")
 
 
-@dataclass(frozen=True, slots=True)
-class RowTarget:
-    """Where the rows of a decode step go, as the native kernels take it: made once for memory of fixed address.
+class RowTarget(NamedTuple):
+    """Where the rows of a decode step go, as the native kernels take it (native/row_target.hpp).
 
     Attributes:
         rows: (num_rows, dim).
@@ -182,10 +180,18 @@ class RowTarget:
     by_place: bool
 
     @classmethod
-    def of(cls, out: Tensor, *, by_place: bool = False) -> Self:
+    def of(cls, out: Tensor, *, by_place: bool = False) -> RowTarget:
         """Raises ValueError: `out` cannot take decoded rows."""
         num_rows, dim = out.shape if out.dim() == 2 else (-1, -1)
         return cls(out, num_rows, dim, *check_out(out, num_rows, dim), by_place)
+
+    def at(self, rows: Tensor) -> RowTarget:
+        """The same in other memory: rows (n, dim) of the same dtype, one right after the other."""
+        assert rows.is_contiguous()
+        assert rows.dtype is self.rows.dtype
+        return RowTarget(
+            rows, len(rows), self.dim, rows.data_ptr(), self.stride_bytes, self.dtype_id, self.by_place
+        )
 
     def put(self, rows: Tensor, places: NDArray[np.int64]) -> None:
         """Writes rows (n, dim), of the sequences `places` (n,); what the kernels do without a copy between."""

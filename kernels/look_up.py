@@ -41,11 +41,6 @@ def look_up_newest(
     Raises:
         DamagedDataError: as `Matcher.match_newest`.
     """
-    if out.num_rows < len(sequences) or out.dim != memory.codec.dim:
-        raise ValueError(
-            f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(sequences)}, {memory.codec.dim})"
-            " or more rows"
-        )
     if native is None or matcher.native is None or memory.native is None:
         return look_up_reference(matcher, memory, sequences, row_ids, positions, out, wanted, places)
     found: int = native.look_up_newest(
@@ -54,10 +49,7 @@ def look_up_newest(
         sequences,
         row_ids,
         positions,
-        out.address,
-        out.stride_bytes,
-        out.dtype_id,
-        out.by_place,
+        out,
         wanted,
         places,
     )

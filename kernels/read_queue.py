@@ -128,11 +128,6 @@ class ReadQueue:
             How many rows came from `memory` and from `mapped`. None, and what was written has no meaning, if
             the sequences want other rows, or some row has not arrived, cannot be read or is not there.
         """
-        if out.num_rows < len(row_ids) or out.dim != self._codec.dim:
-            raise ValueError(
-                f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(row_ids)}, {self._codec.dim})"
-                " or more rows"
-            )
         result: tuple[int, int] | None = native.gather_newest(  # type: ignore[union-attr]
             self._native,
             None if memory is None else memory.native,
@@ -144,10 +139,7 @@ class ReadQueue:
             places,
             slots,
             begins,
-            out.address,
-            out.stride_bytes,
-            out.dtype_id,
-            out.by_place,
+            out,
         )
         return result
 

@@ -13,7 +13,7 @@
 
 #include "arrays.hpp"
 #include "match.hpp"
-#include "row_memory.hpp"
+#include "row_target.hpp"
 
 namespace nb = nanobind;
 
@@ -97,13 +97,13 @@ static int64_t match_newest(const Matcher& matcher, nb::list sequences, nb::list
     return append_rows(found.rows, row_ids, wanted, places);
 }
 
-// The same, and row wanted[k] to row k of `out`, or, `by_place`, to row places[k], for inputs positions[i] of the
+// The same, and row wanted[k] to row k of `out`, or, by place, to row places[k], for inputs positions[i] of the
 // sequences. Returns the number of rows, or kNotNewest, kElsewhere or kFaults - fault; then nothing was appended or
 // written.
 static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::list sequences, nb::list row_ids,
-                              nb::list positions, uintptr_t out, int64_t out_stride_bytes, int out_type,
-                              bool by_place, Out1<int64_t> wanted, Out1<int64_t> places) {
+                              nb::list positions, nb::tuple out, Out1<int64_t> wanted, Out1<int64_t> places) {
     Py_ssize_t batch = checked_batch(sequences, row_ids, wanted, places);
+    StepTarget target = step_target(out, batch, memory.dim());
     if (PyList_GET_SIZE(positions.ptr()) != batch) throw std::invalid_argument("positions is not as long as sequences");
     for (Py_ssize_t i = 0; i < batch; i++) {
         long long position = PyLong_AsLongLong(PyList_GET_ITEM(positions.ptr(), i));
@@ -119,11 +119,10 @@ static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::lis
     for (int64_t row : found.rows)
         if (row >= 0) memory.ask_for_row(row);
     int64_t num_wanted = append_rows(found.rows, row_ids, wanted, places);
-    RowMemory::Target target{reinterpret_cast<uint8_t*>(out), out_stride_bytes, FloatType(out_type)};
-    if (by_place)
-        memory.gather(found.rows.data(), batch, 0, memory.num_rows(), target, 1);
+    if (target.by_place)
+        memory.gather(found.rows.data(), batch, 0, memory.num_rows(), target.memory, 1);
     else
-        memory.gather(wanted.data(), num_wanted, 0, memory.num_rows(), target, 1);
+        memory.gather(wanted.data(), num_wanted, 0, memory.num_rows(), target.memory, 1);
     return num_wanted;
 }
 
@@ -132,8 +131,7 @@ void register_look_up(nb::module_& m) {
           nb::arg("row_ids").noconvert(), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
     m.def("look_up_newest", &look_up_newest, nb::arg("matcher"), nb::arg("memory"),
           nb::arg("sequences").noconvert(), nb::arg("row_ids").noconvert(), nb::arg("positions").noconvert(),
-          nb::arg("out"), nb::arg("out_stride_bytes"), nb::arg("out_type"), nb::arg("by_place"),
-          nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
+          nb::arg("out"), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
 }
 
 }  // namespace scone

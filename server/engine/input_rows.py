@@ -210,11 +210,6 @@ class InputRows:
         self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: NDArray[np.int64] = np.empty(0, np.int64)
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether there are rows that may have to be waited for."""
-        return not self.table.never_waits
-
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
         row_ids, _ = self.table.match(np.asarray(input_ids, dtype=np.int32))
