@@ -28,7 +28,7 @@ from scone.cache.fgram_table import FGramTable
 from scone.cache.lookup_rivals import DictMatch, EngramRows, MemmapRows, RowSource, TorchFileRows
 from scone.cache.lookup_workload import Workload, cut_workload, drop_from_page_cache, write_table
 from scone.cache.table_config import TableConfig
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
 from scone.model_store.token_corpus import TokenCorpus
@@ -178,12 +178,12 @@ def _measure_lookup(
     batch = steps.shape[1]
     wanted, places = np.empty((2, batch), np.int64)
     positions = [steps.shape[2] - 1] * batch
-    target = RowTarget.of(out)
+    target = RowTarget(out[:batch], wanted, places)
     # of each sequence, the row ids of its tokens so far: the look-up adds that of the newest
     row_ids: list[list[int]] = [[-1] * positions[0] for _ in range(batch)]
 
     def our_step(i: int) -> None:
-        num_rows = table.look_up_newest(step_lists[i], row_ids, positions, target, wanted, places)
+        num_rows = table.look_up_newest(step_lists[i], row_ids, positions, target)
         assert num_rows is not None
         for ids in row_ids:
             ids.pop()

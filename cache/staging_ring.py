@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import Device, Event, Stream
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 
 _ALIGNMENT = 256
 """Where rows may begin: what wide loads of any device want."""
@@ -65,7 +65,7 @@ class Slot:
         self._rows_at = -(-2 * max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
         self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
         self._views: dict[int, _Views] = {}
-        self._host_target: RowTarget | None = None
+        self._target: RowTarget | None = None
         self.row_ids = np.full(max_rows, -1, np.int64)
         self.indices = self._memory.host[: 2 * max_rows * 8].view(torch.int64).numpy()
         self.copied: Event = device.event()
@@ -83,12 +83,12 @@ class Slot:
         return self.views().host_rows
 
     @property
-    def host_target(self) -> RowTarget:
-        """All of the host's rows, as kernels write them; made once."""
-        if self._host_target is None:
+    def target(self) -> RowTarget:
+        """The slot as kernels write a decode step's rows to it, for `StagingRing.hand_over`; made once."""
+        if self._target is None:
             rows = self._memory.host[self._rows_at :].view(self._dtype).view(-1, self._dim)
-            self._host_target = RowTarget.of(rows)
-        return self._host_target
+            self._target = RowTarget(rows, self.row_ids, self.indices)
+        return self._target
 
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
@@ -207,8 +207,8 @@ class StagingRing:
     def hand_over(self, slot: Slot, num_rows: int) -> tuple[Tensor, Tensor]:
         """`commit` and `use` in one, of a reserved slot that is written at once, as far as `num_rows` rows.
 
-        The host has written the rows, their ids to `slot.row_ids` and an index for each to `slot.indices`
-        together, so that the slot can stand for no others (I4).
+        The host has written rows, their ids and the index of each to `slot.target` together, so that the slot
+        can stand for no others (I4).
 
         Returns:
             The rows (num_rows, dim) and their indices (num_rows,) on the device, as `use`.

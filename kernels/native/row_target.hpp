@@ -1,33 +1,56 @@
-// Where the rows of a decode step go, as Python has it: the tuple RowTarget (../gather.py).
+// Where the rows of a decode step go (../row_target.py): memory and arrays that Python tells of once.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "arrays.hpp"
 #include "row_memory.hpp"
 
 namespace nb = nanobind;
 
 namespace scone {
 
-struct StepTarget {
-    RowMemory::Target memory;
-    bool by_place;  // the row of sequence i goes to row i; else the rows that there are lie one after the other
-};
+class RowTarget {
+  public:
+    RowTarget(uintptr_t rows, int64_t num_rows, int64_t dim, int64_t stride_bytes, int type, bool by_place,
+              Out1<int64_t> row_ids, Out1<int64_t> places)
+        : memory{reinterpret_cast<uint8_t*>(rows), stride_bytes, FloatType(type)},
+          by_place(by_place),
+          row_ids_(row_ids),
+          places_(places),
+          dim_(dim) {
+        move_to(rows, num_rows);
+    }
 
-// Throws if rows of `dim` values of so many sequences do not fit.
-inline StepTarget step_target(nb::tuple target, Py_ssize_t num_sequences, int64_t dim) {
-    if (target.size() != 7) throw std::invalid_argument("out must be a RowTarget");
-    auto number = [&](int i) { return nb::cast<int64_t>(target[i]); };
-    if (number(1) < num_sequences || number(2) != dim)
-        throw std::invalid_argument("out has shape (" + std::to_string(number(1)) + ", " + std::to_string(number(2)) +
-                                    "), wanted (" + std::to_string(num_sequences) + ", " + std::to_string(dim) +
-                                    ") or more rows");
-    auto data = reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(target[3]));
-    return {{data, number(4), FloatType(number(5))}, nb::cast<bool>(target[6])};
-}
+    void move_to(uintptr_t rows, int64_t num_rows) {
+        if (num_rows > int64_t(std::min(row_ids_.size(), places_.size())))
+            throw std::invalid_argument("row_ids or places is shorter than the rows");
+        memory.data = reinterpret_cast<uint8_t*>(rows);
+        num_rows_ = num_rows;
+    }
+
+    // Throws if rows of so many values, of so many sequences, do not fit.
+    void check(int64_t num_sequences, int64_t dim) const {
+        if (num_rows_ < num_sequences || dim_ != dim)
+            throw std::invalid_argument("out has shape (" + std::to_string(num_rows_) + ", " + std::to_string(dim_) +
+                                        "), wanted (" + std::to_string(num_sequences) + ", " + std::to_string(dim) +
+                                        ") or more rows");
+    }
+
+    int64_t* row_ids() const { return row_ids_.data(); }
+    int64_t* places() const { return places_.data(); }
+
+    RowMemory::Target memory;
+    const bool by_place;  // the row of sequence i goes to row i; else the rows that there are lie one after the other
+
+  private:
+    Out1<int64_t> row_ids_, places_;
+    int64_t dim_, num_rows_ = 0;
+};
 
 }  // namespace scone

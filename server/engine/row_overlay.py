@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import StagingRing
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
 
@@ -31,7 +30,7 @@ class _Batch(NamedTuple):
     """
 
     rows: Rows
-    look_up: Callable[[list[int], RowTarget, NDArray[np.int64], NDArray[np.int64]], int | None]
+    look_up: Callable[[list[int], RowTarget], int | None]
 
 
 class RowOverlay:
@@ -42,10 +41,10 @@ class RowOverlay:
         self.device = device
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
         self._batch: _Batch | None = None
-        self._over_embeddings: RowTarget | None = None  # where the model reads in the host's memory
+        self._embeddings: RowTarget | None = None  # where the model reads them in the host's memory
         if device.is_host:
-            self._over_embeddings = RowTarget.of(torch.empty(1, dim, dtype=dtype), by_place=True)
-        self._row_ids, self._places = np.empty((2, max_num_inputs), np.int64)
+            row_ids, places = np.empty((2, max_num_inputs), np.int64)
+            self._embeddings = RowTarget(torch.empty(1, dim, dtype=dtype), row_ids, places, by_place=True)
 
     def lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
         """`lay` in few calls, of sequences that decode, the newest token of each.
@@ -53,21 +52,21 @@ class RowOverlay:
         Returns:
             False, and nothing was done, if that is not what they do, or some row is not at hand.
         """
-        if len(chunks) < len(embeddings):
+        positions = [chunk.start for chunk in chunks if chunk.num_tokens == 1]
+        if len(positions) < len(chunks):
             return False
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = _batch_of(rows, chunks)
             if batch is None:
                 return False
-        positions = [chunk.start for chunk in chunks]
-        if self._over_embeddings is not None:  # if it breaks off half-way, `lay` writes the same places
-            target = self._over_embeddings.at(embeddings)
-            return batch.look_up(positions, target, self._row_ids, self._places) is not None
+        if self._embeddings is not None:  # if it breaks off half-way, `lay` writes the same places
+            self._embeddings.move_to(embeddings, len(chunks))
+            return batch.look_up(positions, self._embeddings) is not None
         slot = self.ring.reserve(len(chunks))
         assert slot is not None, "each step gives its slot back"
         try:
-            num_rows = batch.look_up(positions, slot.host_target, slot.row_ids, slot.indices)
+            num_rows = batch.look_up(positions, slot.target)
             if num_rows:
                 staged, places = self.ring.hand_over(slot, num_rows)
                 self.device.launch(partial(embeddings.index_copy_, 0, places, staged))
