@@ -260,9 +260,7 @@ class FGramTable:
             return None
         started = time.perf_counter()
         try:
-            num_wanted = look_up_newest(
-                self._index.matcher, ram.memory, sequences, row_ids, positions, out
-            )
+            num_wanted = look_up_newest(self._index.matcher, ram.memory, sequences, row_ids, positions, out)
         except DamagedDataError as error:
             raise self._index.read_error(error) from None
         if num_wanted:

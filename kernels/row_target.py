@@ -16,7 +16,7 @@ from scone.kernels.gather import check_out
 class RowTarget:
     """Room for one row of each sequence of a decode step, and for what the rows are.
 
-    Made once for memory that is written again and again: native code takes longer to be told of an array than to
+    Made once for memory that is written again and again: to tell native code of an array takes longer than to
     copy a row.
 
     Attributes:

@@ -16,8 +16,8 @@ from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.cache.queued_rows import NUM_SLOTS, QueuedRows, RowQueue
 from scone.cache.row_reader import MappedReader
 from scone.kernels.disk_read import uring_available
-from scone.kernels.row_target import RowTarget
 from scone.kernels.row_codec import CODECS
+from scone.kernels.row_target import RowTarget
 from scone.model_store.fgram_set import FGramSet
 
 pytestmark = pytest.mark.skipif(not uring_available(), reason="io_uring is not allowed here")
