@@ -4,7 +4,8 @@ A row is any run of `dim` values that an id names: an f-gram's row, or the state
 
 A slot's life: FREE -> `reserve` (FILLING: the host writes rows, on whatever thread) -> `commit` (a copy is
 queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is all of the first
-two, `hand_over` what follows it for who wrote the slot's ids and indices along with the rows. The invariants, each guarded by one synchronisation and each shown by a test to be needed:
+two, `hand_over` both of the next, for a slot that is written and used at once. The invariants, each guarded by
+one synchronisation and each shown by a test to be needed:
 
 I1  the host writes a slot's host side only after the copy that reads it has run;
 I2  a copy into a slot's device side runs only after the model has done with it;
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import Device, Event, Stream
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 
 _ALIGNMENT = 256
 """Where rows may begin: what wide loads of any device want."""
@@ -65,7 +66,7 @@ class Slot:
         self._rows_at = -(-2 * max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
         self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
         self._views: dict[int, _Views] = {}
-        self._host_target: RowTarget | None = None
+        self._target: RowTarget | None = None
         self.row_ids = np.full(max_rows, -1, np.int64)
         self.indices = self._memory.host[: 2 * max_rows * 8].view(torch.int64).numpy()
         self.copied: Event = device.event()
@@ -83,12 +84,12 @@ class Slot:
         return self.views().host_rows
 
     @property
-    def host_target(self) -> RowTarget:
-        """All of the host's rows, as kernels write them; made once."""
-        if self._host_target is None:
+    def target(self) -> RowTarget:
+        """The slot as kernels write a decode step's rows to it, for `StagingRing.hand_over`; made once."""
+        if self._target is None:
             rows = self._memory.host[self._rows_at :].view(self._dtype).view(-1, self._dim)
-            self._host_target = RowTarget.of(rows)
-        return self._host_target
+            self._target = RowTarget(rows, self.row_ids, self.indices)
+        return self._target
 
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
@@ -207,8 +208,8 @@ class StagingRing:
     def hand_over(self, slot: Slot, num_rows: int) -> tuple[Tensor, Tensor]:
         """`commit` and `use` in one, of a reserved slot that is written at once, as far as `num_rows` rows.
 
-        The host has written the rows, their ids to `slot.row_ids` and an index for each to `slot.indices`
-        together, so that the slot can stand for no others (I4).
+        The host has written rows, their ids and the index of each to `slot.target` together, so that the slot
+        can stand for no others (I4).
 
         Returns:
             The rows (num_rows, dim) and their indices (num_rows,) on the device, as `use`.

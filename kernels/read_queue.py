@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from scone.kernels.disk_read import PAGE_BYTES, uring_available
 from scone.kernels.extension import native
-from scone.kernels.gather import RowMemory, RowTarget
+from scone.kernels.gather import RowMemory
 from scone.kernels.row_codec import RowCodec
+from scone.kernels.row_target import RowTarget
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +122,12 @@ class ReadQueue:
             row_ids, positions: of each sequence of the step its row ids, and which input it computes.
             ids, places: (n,) the rows that there should be, and which sequence wants each.
             slots, begins: (n,) as `submit` filled them.
-            out: of as many rows as there are sequences, or more; ids[k] goes to out[k] or, by place, to
-                out[places[k]].
+            out: of at least as many rows as there are sequences; takes `ids` and `places` too.
 
         Returns:
             How many rows came from `memory` and from `mapped`. None, and what was written has no meaning, if
             the sequences want other rows, or some row has not arrived, cannot be read or is not there.
         """
-        if out.num_rows < len(row_ids) or out.dim != self._codec.dim:
-            raise ValueError(
-                f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(row_ids)}, {self._codec.dim})"
-                " or more rows"
-            )
         result: tuple[int, int] | None = native.gather_newest(  # type: ignore[union-attr]
             self._native,
             None if memory is None else memory.native,
@@ -144,10 +139,7 @@ class ReadQueue:
             places,
             slots,
             begins,
-            out.address,
-            out.stride_bytes,
-            out.dtype_id,
-            out.by_place,
+            out.native,
         )
         return result
 

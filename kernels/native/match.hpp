@@ -84,8 +84,9 @@ struct Block {
     int32_t further[kBlock];  // those of the candidates whose search goes on after the first bucket
 };
 
-// Has a bucket's line brought nearer. A few positions' lines, looked up between other work, come sooner if they are
-// loaded: of prefetches some have no effect there (docs/lookup.md). Many positions' lines wait for each other then.
+// Has a bucket's line brought into the caches. Many positions' lines are prefetched. The few of a decode step are
+// loaded: looked for between an engine's other work, prefetched ones came late, and each probe took 180 cycles, not
+// 22 (docs/lookup.md).
 template <bool consecutive>
 void fetch(const Bucket& bucket) {
     if (consecutive) {

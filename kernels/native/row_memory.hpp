@@ -75,6 +75,7 @@ class RowMemory {
     };
 
     int64_t num_rows() const { return num_rows_; }
+    int64_t dim() const { return format_.dim; }
 
     // out[i] = row ids[i] for begin <= ids[i] < end; other rows of out stay untouched.
     // Returns the number of rows written, kRowFault, kBeyond, or kDamagedRow - row.

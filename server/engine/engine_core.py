@@ -238,7 +238,7 @@ class EngineCore:
         self._sequences.finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
 
     def _fork(self, generation: Generation) -> list[Generation]:
-        """The sequences to sample from this one's logits after the prompt: itself and, of the first, siblings."""
+        """What to sample from a sequence's logits after the prompt: itself and, if it is the first, siblings."""
         run = generation.run
         # The prompt is scored: from now on cached blocks will do, and the last token's state.
         generation.seq.reuse_prefix, generation.seq.wants_all_states = True, False

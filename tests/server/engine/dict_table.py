@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 
 
 class DictTable:
@@ -81,16 +81,14 @@ class DictTable:
         row_ids: list[list[int]],
         positions: list[int],
         out: RowTarget,
-        wanted: np.ndarray[Any, Any],
-        places: np.ndarray[Any, Any],
     ) -> int | None:
         ends = [(len(tokens) - 1, len(ids)) for tokens, ids in zip(sequences, row_ids, strict=True)]
         if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
             return None
-        num_wanted = self.match_newest(sequences, row_ids, wanted, places)
+        num_wanted = self.match_newest(sequences, row_ids, out.row_ids, out.places)
         rows = torch.empty(num_wanted, self.dim)
-        self.read_into(wanted[:num_wanted], rows)
-        out.put(rows, places[:num_wanted])
+        self.read_into(out.row_ids[:num_wanted], rows)
+        out.put(rows)
         self.num_looked_up += num_wanted
         return num_wanted
 
@@ -168,7 +166,8 @@ class DictRead:
         rows = torch.empty(len(ids), self.table.dim)
         self.table.read_into(np.where(self.row_ids < 0, ids, -1), rows)
         self.copy_into(np.where(self.row_ids < 0, -1, np.arange(len(ids))), rows)
-        out.put(rows, places)
+        out.row_ids[: len(ids)], out.places[: len(ids)] = ids, places
+        out.put(rows)
         self.table.num_gathered += len(ids)
         return True
 
