@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from scone.server.api.json_types import JsonBool, JsonFloat, JsonInt, JsonModel, TokenIds
+from scone.server.api.json_types import JsonBool, JsonFloat, JsonInt, JsonModel, TokenIds, text_or_list
 from scone.server.errors import InvalidRequestError
 from scone.server.sequence import SamplingParams
 
@@ -18,6 +18,11 @@ MAX_N = 128
 INT64_MAX = 2**63 - 1
 
 StopText = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[StopText, Tag("<text>")]
+    | Annotated[Annotated[list[StopText], Field(max_length=MAX_STOPS)], Tag("<list>")],
+    Discriminator(text_or_list),
+]
 
 # Known from OpenAI's API or from other servers, and not done here: an answer that silently ignored
 # them would be wrong. The values listed ask for nothing and are accepted.
@@ -49,6 +54,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1, 1.0),
     "logits_processors": ([],),
     "lora_path": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_tokens_as_token_ids": (False,),
+    # Fields of completions, to which chat has nothing that corresponds.
+    "echo": (False,),
+    "add_special_tokens": (False,),
 }
 
 
@@ -89,9 +103,7 @@ class SamplingFields(JsonModel):
         None, description="The same seed gives the same tokens, alone or in any batch."
     )
     n: Annotated[JsonInt, Field(ge=1, le=MAX_N)] = Field(1, description="Answers per prompt.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] = Field(
-        default_factory=list, description="The answer ends before the first of these."
-    )
+    stop: Stop = Field(default_factory=list, description="The answer ends before the first of these.")
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = Field(default_factory=list)
     include_stop_str_in_output: JsonBool = False
     min_tokens: Annotated[JsonInt, Field(ge=0, le=INT64_MAX)] = Field(

@@ -187,6 +187,7 @@ def test_overflow_is_cut_to_the_context(server: Any) -> None:
         ({"suffix": "x"}, "suffix"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"bad_words": ["x"]}, "bad_words"),
+        ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     ],
 )
 def test_bad_field(server: Any, fields: dict[str, Any], param: str) -> None:
@@ -197,6 +198,22 @@ def test_bad_field(server: Any, fields: dict[str, Any], param: str) -> None:
     assert error["type"] == "invalid_request_error"
     assert error["param"].split(".")[0] == param
     assert server.state.in_flight == set()
+
+
+@pytest.mark.parametrize(
+    ("stop", "param", "sentence"),
+    [
+        (3, "stop", "stop: Input should be a valid string (got 3)."),
+        ([None], "stop.0", "stop.0: Input should be a valid string (got None)."),
+        (["a"] * 17, "stop", "stop: List should have at most 16 items after validation, not 17"),
+    ],
+)
+def test_the_form_that_was_meant_is_the_one_that_is_wrong(
+    server: Any, stop: Any, param: str, sentence: str
+) -> None:
+    error = server.post("/v1/completions", prompt="a", stop=stop).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(sentence)
 
 
 def test_fields_that_ask_for_nothing_are_accepted(server: Any) -> None:

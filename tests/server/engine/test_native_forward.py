@@ -22,7 +22,7 @@ from scone.kernels.packed_linear import (
 )
 from scone.model_store.decoder import Decoder
 from scone.server.engine import native_forward
-from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.engine_config import EngineConfig, Quantization
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.native_forward import NativeForward

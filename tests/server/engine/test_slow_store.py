@@ -1,4 +1,4 @@
-"""A slow store of recycled states: nobody else waits, what takes too long is computed, and nothing is late."""
+"""A slow store of recycled states: nobody else waits, what takes too long is computed, nothing is late."""
 
 from __future__ import annotations
 
