@@ -11,17 +11,18 @@ static inline __m512 load_halves(const unsigned char* p) {
 // Inputs per pass over a panel: with them, the panel's part stays in the first-level cache for all rows.
 constexpr int kInputsPerPass = 256;
 
-// out (kStrips * kRows, 16) += x (strips of count inputs, kRows, `stride` floats apart) times w (count, 16)
-template <int kStrips, int kRows>
-static void multiply_f32(const float* w, int count, const float* x, size_t stride, float* out) {
-    __m512 sums[kStrips * kRows];
-    for (int r = 0; r < kStrips * kRows; ++r) sums[r] = _mm512_loadu_ps(out + r * kPanel);
-    for (int k = 0; k < count; ++k, w += kPanel, x += kRows) {
+// out (kRows + kMore, 16) += two strips of inputs, x (count inputs, kRows) and more (count inputs, kMore), times
+// w (count inputs, 16)
+template <int kRows, int kMore>
+static void multiply_f32(const float* w, int count, const float* x, const float* more, float* out) {
+    __m512 sums[kRows + kMore];
+    for (int r = 0; r < kRows + kMore; ++r) sums[r] = _mm512_loadu_ps(out + r * kPanel);
+    for (int k = 0; k < count; ++k, w += kPanel, x += kRows, more += kMore) {
         const __m512 v = _mm512_load_ps(w);
-        for (int r = 0; r < kStrips * kRows; ++r)
-            sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r / kRows * stride + r % kRows]), v, sums[r]);
+        for (int r = 0; r < kRows + kMore; ++r)
+            sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(r < kRows ? x[r] : more[r - kRows]), v, sums[r]);
     }
-    for (int r = 0; r < kStrips * kRows; ++r) _mm512_storeu_ps(out + r * kPanel, sums[r]);
+    for (int r = 0; r < kRows + kMore; ++r) _mm512_storeu_ps(out + r * kPanel, sums[r]);
 }
 
 // Runs body(input, 16 weights) for the inputs of a group, front to back. The products with scales are exact,
@@ -63,27 +64,28 @@ static inline void each_input(const unsigned char* group, const Body& body) {
     }
 }
 
-// out (kRows, 16) = x (inputs, kRows) times whole groups of packed weights: for few rows, where expanding
-// first would take longer than multiplying.
-template <WeightKind kKind, int kRows>
-static void multiply_packed(const unsigned char* group, int num_groups, const float* x, float* out) {
-    __m512 sums[kRows];
-    for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
-    for (int g = 0; g < num_groups; ++g, group += group_bytes(kKind), x += kGroup * kRows)
+// out (kRows + kMore, 16) = two strips of inputs, x (inputs, kRows) and more (inputs, kMore), times whole groups of
+// packed weights: for few rows, where expanding first would take longer than multiplying.
+template <WeightKind kKind, int kRows, int kMore>
+static void multiply_packed(const unsigned char* group, int num_groups, const float* x, const float* more, float* out) {
+    __m512 sums[kRows + kMore];
+    for (int r = 0; r < kRows + kMore; ++r) sums[r] = _mm512_setzero_ps();
+    for (int g = 0; g < num_groups; ++g, group += group_bytes(kKind), x += kGroup * kRows, more += kGroup * kMore)
         each_input<kKind>(group, [&](int i, __m512 w) {
-            for (int r = 0; r < kRows; ++r)
-                sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[i * kRows + r]), w, sums[r]);
+            for (int r = 0; r < kRows + kMore; ++r) {
+                const float* input = r < kRows ? x + i * kRows + r : more + i * kMore + r - kRows;
+                sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(*input), w, sums[r]);
+            }
         });
-    for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out + r * kPanel, sums[r]);
+    for (int r = 0; r < kRows + kMore; ++r) _mm512_storeu_ps(out + r * kPanel, sums[r]);
 }
 
+// At most two strips of rows.
 template <WeightKind kKind>
 static void tile_packed(const unsigned char* panel, int num_groups, const float* x, int rows, float* out) {
-    int r = 0;
-    for (; r + kStrip <= rows; r += kStrip)
-        multiply_packed<kKind, kStrip>(panel, num_groups, x + (size_t)r * num_groups * kGroup, out + r * kPanel);
-    for_rest(rows - r, [&](auto n) {
-        multiply_packed<kKind, n.value>(panel, num_groups, x + (size_t)r * num_groups * kGroup, out + r * kPanel);
+    each_two_strips(rows, [&](int, auto strip, auto more) {
+        const float* next = x + (size_t)strip.value * num_groups * kGroup;
+        multiply_packed<kKind, strip.value, more.value>(panel, num_groups, x, next, out);
     });
 }
 
@@ -100,15 +102,11 @@ static void tile_expanded(const unsigned char* panel, int num_inputs, const floa
             for (int k = 0; k < count; k += kGroup, group += group_bytes(kKind))
                 each_input<kKind>(group, [&](int i, __m512 v) { _mm512_store_ps(expanded + (k + i) * kPanel, v); });
         }
-        const size_t stride = (size_t)kStrip * num_inputs;
-        const float* part = x + (size_t)first * kStrip;
-        int r = 0;
-        for (; r + 2 * kStrip <= rows; r += 2 * kStrip, part += 2 * stride)
-            multiply_f32<2, kStrip>(w, count, part, stride, out + r * kPanel);
-        for (; r + kStrip <= rows; r += kStrip, part += stride)
-            multiply_f32<1, kStrip>(w, count, part, 0, out + r * kPanel);
-        part = x + (size_t)r * num_inputs + first * (rows - r);
-        for_rest(rows - r, [&](auto n) { multiply_f32<1, n.value>(w, count, part, 0, out + r * kPanel); });
+        each_two_strips(rows, [&](int r, auto strip, auto more) {
+            const float* part = x + (size_t)r * num_inputs + first * strip.value;
+            const float* next = x + (size_t)(r + strip.value) * num_inputs + first * more.value;
+            multiply_f32<strip.value, more.value>(w, count, part, next, out + r * kPanel);
+        });
     }
 }
 

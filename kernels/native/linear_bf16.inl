@@ -72,25 +72,14 @@ static void multiply_pairs(const unsigned char* w, int count, const uint32_t* x,
 
 static void tile_pairs(const unsigned char* panel, int num_inputs, const uint32_t* x, int rows, float* out) {
     const int num_pairs = (num_inputs + 1) / 2;
-    const size_t strip = (size_t)kStrip * num_pairs;
     for (int i = 0; i < rows * kPanel; ++i) out[i] = 0.0f;
     for (int first = 0; first < num_pairs; first += kPairsPerPass) {
         const int count = num_pairs - first < kPairsPerPass ? num_pairs - first : kPairsPerPass;
         const unsigned char* w = panel + (size_t)first * 4 * kPanel;
-        const uint32_t* part = x + (size_t)first * kStrip;
-        int r = 0;
-        for (; r + 2 * kStrip <= rows; r += 2 * kStrip, part += 2 * strip)
-            multiply_pairs<kStrip, kStrip>(w, count, part, part + strip, out + r * kPanel);
-        if (r + kStrip == rows) {
-            multiply_pairs<kStrip, 0>(w, count, part, part, out + r * kPanel);
-        } else if (r + kStrip < rows) {
-            const uint32_t* rest = x + (r + kStrip) * (size_t)num_pairs + (size_t)first * (rows - r - kStrip);
-            for_rest(rows - r - kStrip, [&](auto n) {
-                multiply_pairs<kStrip, n.value>(w, count, part, rest, out + r * kPanel);
-            });
-        } else {
-            const uint32_t* rest = x + (size_t)r * num_pairs + (size_t)first * (rows - r);
-            for_rest(rows - r, [&](auto n) { multiply_pairs<n.value, 0>(w, count, rest, rest, out + r * kPanel); });
-        }
+        each_two_strips(rows, [&](int r, auto strip, auto more) {
+            const uint32_t* part = x + (size_t)r * num_pairs + (size_t)first * strip.value;
+            const uint32_t* next = x + (size_t)(r + strip.value) * num_pairs + (size_t)first * more.value;
+            multiply_pairs<strip.value, more.value>(w, count, part, next, out + r * kPanel);
+        });
     }
 }

@@ -27,6 +27,20 @@ static inline void for_rest(int count, const Body& body) {
     }
 }
 
+// body(row, Constant<rows of a strip>, Constant<rows of the next>) for `rows` rows, two strips at a time: their sums
+// fill the registers of AVX-512, and each load of weights serves them all.
+template <class Body>
+static inline void each_two_strips(int rows, const Body& body) {
+    int r = 0;
+    for (; r + 2 * kStrip <= rows; r += 2 * kStrip) body(r, Constant<kStrip>(), Constant<kStrip>());
+    if (r + kStrip <= rows) {
+        if (r + kStrip == rows) return body(r, Constant<kStrip>(), Constant<0>());
+        for_rest(rows - r - kStrip, [&](auto n) { body(r, Constant<kStrip>(), n); });
+    } else {
+        for_rest(rows - r, [&](auto n) { body(r, n, Constant<0>()); });
+    }
+}
+
 // The widest vectors that the instruction set multiplies.
 #ifdef SCONE_AVX512
 typedef float wide __attribute__((vector_size(64)));
