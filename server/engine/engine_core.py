@@ -324,4 +324,5 @@ class EngineCore:
             self._sequences.finish(generation, found.result.delta(generation.usage()))
         elif found.states is not None:
             run.first_layer, run.states = found.layer, found.states
+            generation.seq.root_hash = b""  # its blocks will lack the lower layers' keys and values
             self._sequences.waits.note(generation)
