@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from scone.cache.disk_speed import probe_disk
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycle_cost import ReadSpeed
 from scone.cache.recycled_config import RecycledConfig
@@ -241,6 +242,10 @@ class RecycledStore:
     def file_bytes(self) -> int:
         """What the store's files take."""
         return 0 if self._disk is None else self._disk.file_bytes
+
+    def measure_disk(self) -> float | None:
+        """Bytes per second that the disk reads at, by a probe that takes a while; None: it cannot be told."""
+        return None if self._disk is None else probe_disk(self._disk.path)
 
     def set_budgets(self, *, ram_bytes: int | None = None, disk_bytes: int | None = None) -> None:
         """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much.
