@@ -103,9 +103,13 @@ class RecycledStore:
         """How many of `keys`, from the first on, are held; reads no payload."""
         return len(self.locate(kind, keys))
 
-    def locate(self, kind: Kind, keys: Sequence[bytes]) -> list[StateTier]:
-        """The tier of each of `keys`, from the first on, until one is not held."""
-        self.stats.add_queries(kind, len(keys))
+    def locate(self, kind: Kind, keys: Sequence[bytes], *, again: bool = False) -> list[StateTier]:
+        """The tier of each of `keys`, from the first on, until one is not held.
+
+        `again`: the states were asked for by other keys before, and are not counted as further queries.
+        """
+        if not again:
+            self.stats.add_queries(kind, len(keys))
         names = [state_key(kind, key) for key in keys]
         in_ram = [name in self._ram for name in names]
         on_disk: list[bool] = [False] * len(names)

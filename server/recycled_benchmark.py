@@ -21,17 +21,20 @@ import numpy as np
 from scone.cache.disk_speed import direct_read_speed
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
-from scone.cache.recycled_store import RecycledStore
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.engine.block_form import FormName
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig, RecycledBlocks
 from scone.server.engine.observer import SilentObserver, StepStats
+from scone.server.paced_store import PacedStore
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
 PREFIX_TOKENS = 1500
 NUM_TOKENS = 8
 """Of each answer that is compared."""
+
+PACED_SPEEDS = (150_000_000, 250_000_000, 500_000_000, 750_000_000, 1_000_000_000)
+"""Bytes per second of slower disks."""
 
 _CONFIG = RecycledConfig(disk_bytes=8 << 30)
 _LENGTHS = (5, 30, 70, 150, 300, 700)
@@ -136,11 +139,25 @@ class RecycledBenchmark:
             with self._engine(ram_bytes=0, form=form) as (engine, store, computed):
                 if name == "disk":
                     self._drop_page_cache(form)
+                stats, recycler = store.stats, engine.recycler
+                assert recycler is not None
+                bytes_before, hits_before = stats.bytes_read["blocks", "disk"], stats.hits["blocks", "disk"]
                 runs.note(name, *_first_token(engine, computed, prompt))
-                runs.state_bytes = store.stats.bytes_read["blocks", "disk"]
-                assert engine.recycler is not None
-                num_blocks = store.stats.hits["blocks", "disk"]
-                runs.work_seconds.append(engine.recycler.forms.kept[0].work_seconds * num_blocks)
+                runs.state_bytes = stats.bytes_read["blocks", "disk"] - bytes_before
+                num_blocks = stats.hits["blocks", "disk"] - hits_before
+                runs.work_seconds.append(recycler.forms.kept[0].work_seconds * num_blocks)
+
+    def paced(self, repeats: int) -> dict[FormName, dict[int, float]]:
+        """Seconds to the first token of `first_token`'s prompts, by the bytes per second of a slower disk."""
+        return {
+            form: {speed: self._paced(form, speed, repeats) for speed in PACED_SPEEDS} for form in self.forms
+        }
+
+    def _paced(self, form: FormName, bytes_per_second: int, repeats: int) -> float:
+        with self._engine(ram_bytes=0, form=form) as (engine, store, computed):
+            store.bytes_per_second = bytes_per_second
+            prompts = [self._prompt(repeat, PREFIX_TOKENS + 1) for repeat in range(repeats)]
+            return round(statistics.median(_first_token(engine, computed, p)[0] for p in prompts), 4)
 
     def identity(
         self, num_prompts: int, backend: Literal["native", "torch"], form: FormName = "kv"
@@ -183,7 +200,7 @@ class RecycledBenchmark:
         backend: Literal["native", "torch"] = "native",
         recycles: bool = True,
         form: RecycledBlocks = "auto",
-    ) -> Iterator[tuple[Engine, RecycledStore, _Computed]]:
+    ) -> Iterator[tuple[Engine, PacedStore, _Computed]]:
         """`limits`: tokens and sequences of a step."""
         computed = _Computed()
         config = EngineConfig(
@@ -195,7 +212,7 @@ class RecycledBenchmark:
             max_num_seqs=limits[1],
             recycled_blocks=form,
         )
-        with RecycledStore.open(self._folder(form), _CONFIG, MemoryBudget(ram_bytes)) as store:
+        with PacedStore.open(self._folder(form), _CONFIG, MemoryBudget(ram_bytes)) as store:
             engine = Engine(
                 config,
                 self._checkpoint.decoder(),

@@ -2,8 +2,9 @@
 
 Keys and values of a token are 2 e values in a layer (e = num_kv_heads * head_dim), its hidden state is d.
 Where d is less (multi-head attention: half), the same budgets hold up to twice the tokens as hidden states,
-and half the bytes are read; but two projections are to be computed. So they are restored sooner only from a
-disk that gives less than (bytes saved / seconds of the projections), and both are measured.
+and half the bytes are read; but two projections are to be computed, while others are read. So they are
+restored sooner only from a disk that gives less than (bytes of keys and values / seconds of the projections),
+and both are measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from scone.server.engine.kv_form import KvForm
 from scone.server.engine.model_runner import RecycledMemory
 from scone.server.errors import SettingError
 
-_NOUNS: dict[FormName, str] = {"kv": "keys and values", "hidden": "hidden states"}
+_BESIDE_READS = 1.4
+"""How much longer keys and values take to compute while the next blocks are read, on two cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,46 +61,45 @@ def open_forms(
         SettingError: hidden states are wanted where they are of no use or cannot be had.
     """
     kv = KvForm(memory, device, pool)
-    tokens = pool.block_size
     sizes = (
-        f"a token takes {memory.block_bytes // tokens:,} bytes as keys and values,"
-        f" {memory.state_bytes // tokens:,} as hidden states"
+        f"a token takes {memory.block_bytes // pool.block_size:,} bytes as keys and values,"
+        f" {memory.state_bytes // pool.block_size:,} as hidden states"
     )
-    why_not = None
-    if memory.state_bytes >= memory.block_bytes:
-        why_not = sizes
-    elif memory.backend != "native" or not isinstance(device, CpuDevice):
-        why_not = (
-            f"{sizes}, but only the native CPU backend restores from these, and this is {memory.backend}"
-        )
+    why_not = _why_not_hidden(memory, device)
     if why_not is not None:
         if setting == "hidden":
-            raise SettingError(f"recycled_blocks is hidden, but {why_not}: wanted auto or kv")
-        return BlockForms((kv,), (kv,), f"{why_not}: keys and values are kept")
+            raise SettingError(f"recycled_blocks is hidden, but {sizes}{why_not}: wanted auto or kv")
+        return BlockForms((kv,), (kv,), f"{sizes}{why_not}: keys and values are kept")
     hidden = HiddenForm(memory, pool)
     hidden.measure()
-    chosen: FormName
-    if setting == "auto":
-        chosen, comparison = _sooner(kv, hidden, read_bytes_per_second())
-    else:
-        chosen, comparison = setting, "as recycled_blocks says"
-    reason = f"{sizes}; {comparison}: {_NOUNS[chosen]} are kept"
+    chosen, why = setting, "as recycled_blocks says"
+    if chosen == "auto":
+        chosen, why = _sooner(kv, hidden, read_bytes_per_second())
     if chosen == "kv":
-        return BlockForms((kv,), (kv, hidden), reason)
+        return BlockForms((kv,), (kv, hidden), f"{sizes}; {why}: keys and values are kept")
     hidden.start_keeping()
-    return BlockForms((hidden, kv), (hidden, kv), reason)
+    return BlockForms((hidden, kv), (hidden, kv), f"{sizes}; {why}: hidden states are kept")
+
+
+def _why_not_hidden(memory: RecycledMemory, device: Device) -> str | None:
+    """Why hidden states are no choice, to follow upon the sizes; None: they are one."""
+    if memory.state_bytes >= memory.block_bytes:
+        return ""
+    if memory.backend != "native" or not isinstance(device, CpuDevice):
+        return f", but only the native CPU backend restores from these, and this is {memory.backend}"
+    return None
 
 
 def _sooner(kv: KvForm, hidden: HiddenForm, read_speed: float | None) -> tuple[FormName, str]:
     """The form that is restored sooner from the disk, and the comparison."""
     if read_speed is None:
         return "kv", "how fast the disk reads is not known"
+    work_seconds = _BESIDE_READS * hidden.work_seconds
     kv_seconds = kv.block_bytes / read_speed
-    hidden_seconds = hidden.block_bytes / read_speed + hidden.work_seconds
-    break_even = (kv.block_bytes - hidden.block_bytes) / hidden.work_seconds
+    hidden_seconds = max(hidden.block_bytes / read_speed, work_seconds)
     comparison = (
         f"at the disk's {read_speed / 1e6:,.0f} MB/s a block comes back in {kv_seconds * 1e3:.2f} ms as the"
-        f" former, in {hidden_seconds * 1e3:.2f} as the latter, {hidden.work_seconds * 1e3:.2f} of them"
-        f" computing, and sooner only below {break_even / 1e6:,.0f} MB/s"
+        f" former, in {hidden_seconds * 1e3:.2f} as the latter, and sooner as these below"
+        f" {kv.block_bytes / work_seconds / 1e6:,.0f} MB/s"
     )
     return ("hidden" if hidden_seconds < kv_seconds else "kv"), comparison

@@ -254,7 +254,8 @@ class Recycler:
         for form in cycle(self.forms.readable):
             if len(tiers) == len(names) or num_missing == len(self.forms.readable):
                 break
-            found = self._store.locate("blocks", [form.key(name) for name in names[len(tiers) :]])
+            keys = [form.key(name) for name in names[len(tiers) :]]
+            found = self._store.locate("blocks", keys, again=num_missing > 0)
             forms += [form] * len(found)
             tiers += found
             num_missing = 1 if found else num_missing + 1
@@ -301,7 +302,8 @@ class Recycler:
             seq, num_full = generation.seq, len(generation.run.request.input_ids) // size
             if seq.root_hash and chunk.start < num_full * size:
                 stored = self._stored.get(seq)
-                begin = max(chunk.start // size, 0 if stored is None else stored.end)
+                num_stored = max(generation.num_kept_blocks, 0 if stored is None else stored.end)
+                begin = max(chunk.start // size, num_stored)
                 self.saver.expect(seq, begin, min(-(-(chunk.start + chunk.num_tokens) // size), num_full))
 
     def note_speed(self, chunks: Sequence[Chunk], seconds: float) -> None:

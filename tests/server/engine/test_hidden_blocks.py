@@ -18,6 +18,7 @@ from scone.cache.sim_device import SimDevice
 from scone.model_store.decoder import Decoder
 from scone.model_store.hf_folder import save_hf_folder
 from scone.model_store.tokenizer import Tokenizer
+from scone.server import recycled_benchmark
 from scone.server.engine.block_forms import BlockForms, open_forms
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.hidden_form import HiddenForm
@@ -117,6 +118,37 @@ def test_a_hugging_face_folder_in_other_chunks_and_batches(
         assert identity[where]["answers_that_differ"] == 0
 
 
+def test_the_benchmark_restores_in_either_form(
+    random_decoder: Callable[..., Decoder],
+    byte_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recycled_benchmark, "PACED_SPEEDS", (10_000_000,))
+    decoder = random_decoder(num_kv_heads=4, vocab_size=40_000, max_position=2048)
+    save_hf_folder(tmp_path / "model", decoder, byte_tokenizer)
+    benchmark = RecycledBenchmark(str(tmp_path / "model"), tmp_path)
+    measured = benchmark.first_token(1)
+    paced = benchmark.paced(1)
+    assert list(measured) == list(paced) == ["kv", "hidden"]
+    for form, speeds in paced.items():
+        assert speeds[10_000_000] >= measured[form]["state_bytes"] / 10_000_000
+    assert (
+        measured["kv"]["state_bytes"]
+        == 1488 * KV_BYTES // BLOCK_SIZE
+        == 2 * measured["hidden"]["state_bytes"]
+    )
+    for form in measured.values():
+        assert form["tokens_computed"] == {
+            "computed": [1501],
+            "memory": [13],
+            "disk": [13],
+            "page_cache": [13],
+        }
+    assert measured["hidden"]["seconds_making_keys_and_values"] > 0
+    assert "a token takes 1,536 bytes as keys and values" in benchmark.choice()
+
+
 def test_many_prompts_in_small_chunks_and_few_blocks(
     make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
 ) -> None:
@@ -153,6 +185,7 @@ def test_forms_lie_side_by_side(make_world: MakeWorld, restarts: Restarts) -> No
     answer(make_world(recycled_blocks="kv", store=restarts.open()), prompt[:41])
     store = restarts.open()
     assert facts(answer(make_world(store=store), prompt)) == cold
+    assert store.stats.queries["blocks"] == 12, "of each block, in whichever form"
     number, num_bytes = blocks_on_disk(store)
     assert (number, round(num_bytes / STATE_BYTES, 1)) == (12, 5 * 2 + 7)
     for form in ("hidden", "kv", "auto"):
