@@ -32,6 +32,7 @@ from scone.cache.recycled_record import Record, state_key
 from scone.cache.recycled_stats import Kind, RecycledStats
 from scone.cache.state_worth import Worth
 
+BUDGET_SHARE = 0.1
 LEAST_BUDGET_BYTES = 64 << 20
 WARM_UP = 0.3
 """Requests of a run that are not counted."""
@@ -150,7 +151,7 @@ def compare(
     moves_every: int,
     seed: int,
     requests: int,
-    budget_share: float,
+    budget_share: float = BUDGET_SHARE,
 ) -> tuple[Outcome, Outcome]:
     """The least-recently-used and the store's own policy under one workload."""
     budget = max(LEAST_BUDGET_BYTES, int(sum(state.num_bytes for state in states) * budget_share))
@@ -218,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="is made, and removed")
     parser.add_argument("--working-set-bytes", type=int, default=700_000_000)
-    parser.add_argument("--budget-share", type=float, default=0.1, help="of the working set")
+    parser.add_argument("--budget-share", type=float, default=BUDGET_SHARE, help="of the working set")
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--skews", type=float, nargs="+", default=[0.7, 1.0, 1.3])

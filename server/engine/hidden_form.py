@@ -43,7 +43,7 @@ class HiddenForm:
     laying_share = 0.25  # a chunk of a prompt would take a whole step
 
     def __init__(self, memory: StateMemory, pool: BlockPool) -> None:
-        """`measure` before use; of those restored, and once `keeps` is called, of those to be kept."""
+        """To restore blocks; `measure` it before use, and `start_keeping` if it is to keep them too."""
         self._memory, self._pool = memory, pool
         self.block_bytes = memory.state_bytes
         num_slots = min(max(3, UNDER_WAY_BYTES // self.block_bytes), MOST_UNDER_WAY)
@@ -54,12 +54,13 @@ class HiddenForm:
 
     def measure(self) -> None:
         """Finds out what laying takes, before the first request; what it writes to the KV cache is finite."""
-        count = min(MEASURED_BLOCKS, len(self._arriving.states), self._pool.num_blocks)
-        ids = list(range(count))
-        for _ in range(2):  # the first time touches memory
+        ids = list(range(min(MEASURED_BLOCKS, len(self._arriving.states))))
+        seconds = []
+        for _ in range(3):  # the first time touches memory, and others may be at work
             began = time.perf_counter()
-            self._memory.restore_blocks(self._arriving.states, ids, ids, [0] * count)
-            self.work_seconds = (time.perf_counter() - began) / count
+            self._memory.restore_blocks(self._arriving.states, ids, ids, [0] * len(ids))
+            seconds.append(time.perf_counter() - began)
+        self.work_seconds = min(seconds) / len(ids)
 
     def start_keeping(self) -> None:
         """From now on steps keep what `expect` asks for."""
