@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 
 from scone.cache.device import CpuDevice
 from scone.cache.disk_speed import probe_disk
+from scone.cache.recycled_record import state_key
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.sim_device import SimDevice
 from scone.model_store.decoder import Decoder
@@ -300,7 +302,7 @@ def test_a_block_that_cannot_be_had_is_computed_and_kept_again(
         assert restarts.flip_bits(payload.tobytes()[:512]) >= 1
     else:
         assert store._disk is not None
-        store._disk.discard(b"\0" + key)
+        store._disk.discard(state_key("blocks", key))
     store = restarts.open()
     world = make_world(dict_table, store=store)
     counting = counted(world)
@@ -392,6 +394,34 @@ def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) ->
     world.run()
     assert facts(young) == cold
     assert len(old.tokens()) == 60
+
+
+def test_any_mixture_with_any_gaps_gives_the_same_answers(
+    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+) -> None:
+    """Engines of either form on one store, from which states vanish in between."""
+    rng = random.Random(0)
+    stem = random_prompt(30, 60)
+    prompts = [stem[: rng.randint(0, 60)] + random_prompt(31 + i, rng.randint(5, 40)) for i in range(6)]
+    expected = [facts(answer(make_world(dict_table), p, max_tokens=12)) for p in prompts]
+    num_restored = 0
+    for _ in range(16):
+        store = restarts.open(rng.choice([0, RAM_BYTES]))
+        limits = rng.choice([{}, {"max_num_batched_tokens": 13}, {"kv_cache_bytes": KV_BYTES * 18}])
+        world = make_world(dict_table, rng.choice(["kv", "hidden", "hidden", "auto"]), store=store, **limits)
+        counting = counted(world)
+        chosen = rng.sample(range(6), 3)
+        outcomes = [world.add(prompts[i], max_tokens=12, logprobs=2) for i in chosen]
+        world.run()
+        assert [facts(o) for o in outcomes] == [expected[i] for i in chosen]
+        num_restored += counting.num_restored
+        assert store.flush(60)
+        hashes = [h for run in world.runs for h in run.generations[0].seq.block_hashes]
+        assert store._disk is not None
+        for block_hash in rng.sample(hashes, len(hashes) // 8):
+            for key in (block_hash, hidden_form(world).key(block_hash)):
+                store._disk.discard(state_key("blocks", key))
+    assert num_restored > 200
 
 
 # -- the choice ----------------------------------------------------------------------------------
