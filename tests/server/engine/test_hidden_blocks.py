@@ -104,14 +104,20 @@ def test_cold_memory_ram_disk_and_restart_give_the_same_bits(
         assert store.stats.writes["blocks", "stored"] == 0, "what is there already is not written again"
 
 
-@pytest.mark.parametrize("shape", [{"architecture": "qwen2", "attention_bias": True}, {"ffn_dim": 128}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"architecture": "qwen2", "attention_bias": True, "num_kv_heads": 4},
+        {"architecture": "qwen3", "qk_norm": True, "head_dim": 32},  # grouped queries, but large heads
+    ],
+)
 def test_a_hugging_face_folder_in_other_chunks_and_batches(
     random_decoder: Callable[..., Decoder],
     byte_tokenizer: Tokenizer,
     tmp_path: Path,
     shape: dict[str, Any],
 ) -> None:
-    decoder = random_decoder(num_kv_heads=4, vocab_size=40_000, max_position=2048, **shape)
+    decoder = random_decoder(vocab_size=40_000, max_position=2048, **shape)
     save_hf_folder(tmp_path / "model", decoder, byte_tokenizer)
     benchmark = RecycledBenchmark(str(tmp_path / "model"), tmp_path)
     identity = benchmark.identity(12, "native", "hidden")
