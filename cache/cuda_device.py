@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 class CudaDevice:
     """Use it from the thread that runs the model: its compute stream is that thread's current one."""
 
+    is_host = False
+
     def __init__(self, device: torch.device) -> None:
         self.usage = DeviceUsage()
         self._device = device

@@ -56,6 +56,10 @@ class Device(Protocol):
     @property
     def usage(self) -> DeviceUsage: ...
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the model computes on the host, in its memory: rows may be written where it reads them."""
+
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         """Memory for copies to the device, pinned where that matters; its addresses never change."""
 
@@ -92,6 +96,8 @@ class Device(Protocol):
 
 class CpuDevice:
     """Host and device are one: nothing is copied, work has run when the call returns, events are reached."""
+
+    is_host = True
 
     def __init__(self) -> None:
         self.usage = DeviceUsage()

@@ -29,9 +29,9 @@ from scone.cache.stats import TableStats
 from scone.cache.table_config import TableConfig
 from scone.cache.table_index import TableIndex
 from scone.kernels.errors import DamagedDataError
-from scone.kernels.gather import RowTarget
 from scone.kernels.look_up import look_up_newest
 from scone.kernels.match import Matches
+from scone.kernels.row_target import RowTarget
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
@@ -60,7 +60,7 @@ class FGramTable:
         """Use `open`."""
         self.stats = stats or TableStats()
         self._files = files
-        self._num_rows = files.manifest.num_fgrams
+        self._num_rows, self._row_bytes = files.manifest.num_fgrams, files.manifest.row_bytes
         self._index = TableIndex(files, self.stats)
         self._row_tiers = RowTiers(files, disk, ram, self.stats)
         self._row_share: RowShare | None = None
@@ -237,14 +237,13 @@ class FGramTable:
         row_ids: list[list[int]],
         positions: list[int],
         out: RowTarget,
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
     ) -> int | None:
-        """`match_newest`, and the row of wanted[k] to out[k], in one native call where all rows are in RAM.
+        """`match_newest`, and the rows to `out`, in one native call where all rows are in RAM.
 
         Args:
             positions: of each sequence, the input that is asked for.
-            out: of at least as many rows as there are sequences.
+            out: of at least as many rows as there are sequences; takes the rows, their ids and whose they
+                are.
 
         Returns:
             How many rows there are. None, and nothing was done, if the RAM tier does not hold all rows, or
@@ -261,16 +260,17 @@ class FGramTable:
             return None
         started = time.perf_counter()
         try:
-            num_wanted = look_up_newest(
-                self._index.matcher, ram.memory, sequences, row_ids, positions, out, wanted, places
-            )
+            num_wanted = look_up_newest(self._index.matcher, ram.memory, sequences, row_ids, positions, out)
         except DamagedDataError as error:
             raise self._index.read_error(error) from None
         if num_wanted:
             if ram.num_shrinks == num_shrinks:
-                self._row_tiers.count_read(ram.tier, num_wanted, time.perf_counter() - started)
+                num_bytes = num_wanted * self._row_bytes
+                self.stats.add_read("ram", num_wanted, num_bytes, time.perf_counter() - started)
             else:  # rows may have been given up before they were copied
-                self.read_into(wanted[:num_wanted], out.rows[:num_wanted])
+                rows = torch.empty(num_wanted, self.dim, dtype=out.rows.dtype)
+                self.read_into(out.row_ids[:num_wanted], rows)
+                out.put(rows)
         return num_wanted
 
     def rows(self, row_ids: Ids) -> Tensor:

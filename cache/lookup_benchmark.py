@@ -28,7 +28,7 @@ from scone.cache.fgram_table import FGramTable
 from scone.cache.lookup_rivals import DictMatch, EngramRows, MemmapRows, RowSource, TorchFileRows
 from scone.cache.lookup_workload import Workload, cut_workload, drop_from_page_cache, write_table
 from scone.cache.table_config import TableConfig
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_files import open_table_files
 from scone.model_store.token_corpus import TokenCorpus
@@ -94,10 +94,12 @@ class LookupBenchmark:
                 raise CacheError("the benchmark's table could not be loaded into memory")
             matrix, whose = _matrix_of(table)
             matched = table.match(workload.prompts.reshape(-1))[0] >= 0
+            lookups = _MemoryLookups(table, matrix, fgrams, workload)
+            lookups.check()
             return {
                 "matched_share": round(float(matched.mean()), 3),
                 "matrix": whose,
-                "us_per_token": _measure_lookup(table, matrix, fgrams, workload),
+                "us_per_token": lookups.measure(),
                 "gather": _measure_gather(table, matrix, self.repeats),
                 "us_per_row_in_memory": self._measure_rows(table, path, workload.prompts),
             }
@@ -140,7 +142,7 @@ class LookupBenchmark:
             for name, source in sources.items():
                 _check_rows(source.rows(ids[0]), table.rows(ids[0]), name)
                 ways[name] = lambda i, source=source: source.rows(ids[i])  # type: ignore[misc]
-            seconds = _medians(ways, len(ids), _PAUSE_SECONDS)
+            seconds = _medians(ways, len(ids), pause=_PAUSE_SECONDS)
         for source in sources.values():
             source.close()
         num_rows = statistics.median(map(len, ids))
@@ -159,78 +161,101 @@ def _measure_open(path: Path, repeats: int) -> float:
     return round(1e3 * statistics.median(times), 2)
 
 
-def _measure_lookup(
-    table: FGramTable, matrix: Tensor, fgrams: FGramSet, workload: Workload
-) -> dict[str, dict[str, float]]:
-    """Match, then match and rows, of prompts and of decode steps, against the paper's recipe for RAM."""
-    rival = DictMatch(fgrams)
-    prompts, steps = workload.prompts, workload.steps
-    prompt_lists, step_lists = prompts.tolist(), steps.tolist()
-    for i in range(len(prompts)):
-        _check_match(rival.match(prompt_lists[i]), table.match(prompts[i])[0])
-    for i in range(len(steps)):
-        _check_match(rival.match_last(step_lists[i]), table.match_last(steps[i])[0])
-    out = torch.zeros(prompts.shape[1], table.dim, dtype=table.dtype)
+class _MemoryLookups:
+    """Match, then match and rows, of prompts and of decode steps: ours and the paper's recipe for RAM.
 
-    def ours(ids: I64) -> None:
-        table.read_into(ids, out[: len(ids)])
+    Ours are the calls that an engine makes; the look-up of a step appends to each sequence's row ids.
+    """
 
-    batch = steps.shape[1]
-    wanted, places = np.empty((2, batch), np.int64)
-    positions = [steps.shape[2] - 1] * batch
-    target = RowTarget.of(out)
-    # of each sequence, the row ids of its tokens so far: the look-up adds that of the newest
-    row_ids: list[list[int]] = [[-1] * positions[0] for _ in range(batch)]
+    def __init__(self, table: FGramTable, matrix: Tensor, fgrams: FGramSet, workload: Workload) -> None:
+        self._table, self._matrix, self._rival = table, matrix, DictMatch(fgrams)
+        self._prompts = workload.prompts
+        self._prompt_lists, self._step_lists = workload.prompts.tolist(), workload.steps.tolist()
+        num_steps, batch, width = workload.steps.shape
+        self._num_prompts, self._num_tokens = workload.prompts.shape
+        self._num_steps, self._batch = num_steps, batch
+        self._row_ids: list[list[int]] = [[-1] * (width - 1) for _ in range(batch)]
+        self._positions = [width - 1] * batch
+        self._out = torch.zeros(self._num_tokens, table.dim, dtype=table.dtype)
+        self._newest = RowTarget(self._out[:batch], *np.empty((2, batch), np.int64))
 
-    def our_step(i: int) -> None:
-        num_rows = table.look_up_newest(step_lists[i], row_ids, positions, target, wanted, places)
-        assert num_rows is not None
-        for ids in row_ids:
-            ids.pop()
+    def check(self) -> None:
+        """Raises CacheError if the dict matches other rows than the table."""
+        for i in range(self._num_prompts):
+            _check_match(self._rival.match(self._prompt_lists[i]), self._table.match(self._prompts[i])[0])
+        for i in range(self._num_steps):
+            self._match_step(i)
+            _check_match(self._rival.match_last(self._step_lists[i]), [ids[-1] for ids in self._row_ids])
+            self._forget_step()
 
-    def theirs(ids: list[int]) -> Tensor:
-        return matrix.index_select(0, torch.tensor([row for row in ids if row >= 0], dtype=torch.int64))
-
-    def beside(
-        name: str, our_way: Way, their_way: Way, num: int, num_tokens: int, pause: float = 0.0
-    ) -> dict[str, float]:
-        seconds = _medians({"ours": our_way, name: their_way}, num, pause)
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Microseconds per token of each way, and by how much ours is faster."""
+        rival = self._rival
+        match_prompt = _medians(
+            {"ours": self._match_prompt, "dict": lambda i: rival.match(self._prompt_lists[i])},
+            self._num_prompts,
+        )
+        match_step = _medians(
+            {"ours": self._match_step, "dict": lambda i: rival.match_last(self._step_lists[i])},
+            self._num_steps,
+            after=self._forget_step,
+        )
+        rows_prompt = _medians(
+            {"ours": self._read_prompt, "dict_and_matrix": self._pick_prompt},
+            self._num_prompts,
+            pause=_PAUSE_SECONDS,
+        )
+        rows_step = _medians(
+            {"ours": self._look_up_step, "dict_and_matrix": self._pick_step},
+            self._num_steps,
+            after=self._forget_step,
+        )
         return {
-            **{way: round(1e6 * s / num_tokens, 4) for way, s in seconds.items()},
-            "times_faster": round(seconds[name] / seconds["ours"], 2),
+            "match_prompt": _per_token(match_prompt, self._num_tokens),
+            "match_batch": _per_token(match_step, self._batch),
+            "rows_prompt": _per_token(rows_prompt, self._num_tokens),
+            "rows_batch": _per_token(rows_step, self._batch),
         }
 
-    num_tokens = prompts.shape[1]
+    def _match_prompt(self, i: int) -> I64:
+        return self._table.match(self._prompts[i])[0]
+
+    def _match_step(self, i: int) -> object:
+        newest = self._newest
+        return self._table.match_newest(self._step_lists[i], self._row_ids, newest.row_ids, newest.places)
+
+    def _read_prompt(self, i: int) -> None:
+        ids = self._match_prompt(i)
+        self._table.read_into(ids, self._out[: len(ids)])
+
+    def _look_up_step(self, i: int) -> None:
+        num_rows = self._table.look_up_newest(
+            self._step_lists[i], self._row_ids, self._positions, self._newest
+        )
+        assert num_rows is not None
+
+    def _forget_step(self) -> None:
+        width = self._positions[0]
+        for ids in self._row_ids:
+            del ids[width:]
+
+    def _pick_prompt(self, i: int) -> Tensor:
+        return self._pick(self._rival.match(self._prompt_lists[i]))
+
+    def _pick_step(self, i: int) -> Tensor:
+        return self._pick(self._rival.match_last(self._step_lists[i]))
+
+    def _pick(self, ids: list[int]) -> Tensor:
+        wanted = torch.tensor([row for row in ids if row >= 0], dtype=torch.int64)
+        return self._matrix.index_select(0, wanted)
+
+
+def _per_token(seconds: dict[str, float], num_tokens: int) -> dict[str, float]:
+    """Of our way and one other."""
+    ours, theirs = seconds.values()
     return {
-        "match_prompt": beside(
-            "dict",
-            lambda i: table.match(prompts[i]),
-            lambda i: rival.match(prompt_lists[i]),
-            len(prompts),
-            num_tokens,
-        ),
-        "match_batch": beside(
-            "dict",
-            lambda i: table.match_last(steps[i]),
-            lambda i: rival.match_last(step_lists[i]),
-            len(steps),
-            batch,
-        ),
-        "rows_prompt": beside(
-            "dict_and_matrix",
-            lambda i: ours(table.match(prompts[i])[0]),
-            lambda i: theirs(rival.match(prompt_lists[i])),
-            len(prompts),
-            num_tokens,
-            _PAUSE_SECONDS,
-        ),
-        "rows_batch": beside(
-            "dict_and_matrix",
-            our_step,
-            lambda i: theirs(rival.match_last(step_lists[i])),
-            len(steps),
-            batch,
-        ),
+        **{way: round(1e6 * s / num_tokens, 4) for way, s in seconds.items()},
+        "times_faster": round(theirs / ours, 2),
     }
 
 
@@ -260,7 +285,7 @@ def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str
             ),
         },
         repeats,
-        _PAUSE_SECONDS,
+        pause=_PAUSE_SECONDS,
     )
     num_bytes = num_rows * table.manifest.row_bytes
     return {
@@ -270,8 +295,12 @@ def _measure_gather(table: FGramTable, matrix: Tensor, repeats: int) -> dict[str
     }
 
 
-def _medians(ways: dict[str, Way], num: int, pause: float = 0.0) -> dict[str, float]:
+def _medians(
+    ways: dict[str, Way], num: int, *, pause: float = 0.0, after: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """Median seconds of each way over pieces 0 to num - 1, the ways taking turns, `pause` seconds apart.
+
+    `after` follows each piece, untimed.
 
     Each piece is done once before: on a virtual machine the first touch of a page may go through the host. In
     one turn each way does another piece: two that read the same memory would find it in the caches.
@@ -280,6 +309,7 @@ def _medians(ways: dict[str, Way], num: int, pause: float = 0.0) -> dict[str, fl
     for i in range(num):
         for way in ways.values():
             way(i)
+            after()
     for i in range(num):
         for turn, (name, way) in enumerate(ways.items()):
             piece = (i + turn * num // len(ways)) % num
@@ -288,6 +318,7 @@ def _medians(ways: dict[str, Way], num: int, pause: float = 0.0) -> dict[str, fl
             started = time.perf_counter()
             way(piece)
             times[name].append(time.perf_counter() - started)
+            after()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -295,8 +326,8 @@ def _hits(row_ids: I64) -> I64:
     return row_ids[row_ids >= 0]
 
 
-def _check_match(theirs: list[int], ours: I64) -> None:
-    if theirs != ours.tolist():
+def _check_match(theirs: list[int], ours: I64 | list[int]) -> None:
+    if theirs != list(ours):
         raise CacheError("the dict matched other rows than the table: nothing was measured")
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable, Ids
 from scone.cache.queued_rows import QueuedRows
-from scone.kernels.gather import RowTarget, decode_rows
+from scone.kernels.gather import decode_rows
 from scone.kernels.row_codec import RowCodec
+from scone.kernels.row_target import RowTarget
 
 
 class PendingRows:

@@ -18,7 +18,7 @@ from torch import Tensor
 from scone.cache.errors import RowReadError
 from scone.cache.ram_rows import RamRows
 from scone.cache.stats import TableStats
-from scone.kernels.gather import RowMemory, RowTarget, decode_rows
+from scone.kernels.gather import RowMemory, decode_rows
 from scone.kernels.read_queue import (
     DAMAGED,
     NO_SLOT,
@@ -27,6 +27,7 @@ from scone.kernels.read_queue import (
     ReadQueue,
     open_read_queue,
 )
+from scone.kernels.row_target import RowTarget
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
@@ -156,7 +157,7 @@ class QueuedRows:
     def gather_newest(
         self, ids: I64, places: I64, row_ids: list[list[int]], positions: list[int], out: RowTarget
     ) -> bool:
-        """Writes row ids[k] to out[k], those in memory too; false if that cannot be done at once.
+        """Writes all rows to `out`, those in memory too; false if that cannot be done at once.
 
         Args:
             ids: (n,) what was submitted.

@@ -134,7 +134,8 @@ class RowTiers:
     @property
     def all_in_memory(self) -> bool:
         """Whether every row is in memory, here or on the device."""
-        return self.num_in_memory == self._num_rows
+        ram = self.ram  # first, since a step asks this
+        return (ram is not None and ram.num_loaded == self._num_rows) or self.num_on_device == self._num_rows
 
     def may_wait(self, row_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these rows (n,) may have to be waited for, since only a disk holds them."""

@@ -40,6 +40,8 @@ class Record:
 class SimDevice:
     """Deterministic for a seed; runs on the calling thread, whenever it is called."""
 
+    is_host = False
+
     def __init__(self, seed: int) -> None:
         self.usage = DeviceUsage()
         self._random = random.Random(seed)

@@ -4,7 +4,8 @@ A row is any run of `dim` values that an id names: an f-gram's row, or the state
 
 A slot's life: FREE -> `reserve` (FILLING: the host writes rows, on whatever thread) -> `commit` (a copy is
 queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is all of the first
-two. The invariants, each guarded by one synchronisation and each shown by a test to be needed:
+two, `hand_over` both of the next, for a slot that is written and used at once. The invariants, each guarded by
+one synchronisation and each shown by a test to be needed:
 
 I1  the host writes a slot's host side only after the copy that reads it has run;
 I2  a copy into a slot's device side runs only after the model has done with it;
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scone.cache.device import Device, Event, Stream
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 
 _ALIGNMENT = 256
 """Where rows may begin: what wide loads of any device want."""
@@ -47,6 +48,7 @@ class _Views(NamedTuple):
     host_rows: Tensor
     device_rows: Tensor
     device_indices: Tensor
+    first_indices: Tensor
     host_bytes: Tensor
     device_bytes: Tensor
 
@@ -64,7 +66,7 @@ class Slot:
         self._rows_at = -(-2 * max_rows * 8 // _ALIGNMENT) * _ALIGNMENT
         self._memory = device.buffer((self._rows_at + max_rows * dim * dtype.itemsize,), torch.uint8)
         self._views: dict[int, _Views] = {}
-        self._host_target: RowTarget | None = None
+        self._target: RowTarget | None = None
         self.row_ids = np.full(max_rows, -1, np.int64)
         self.indices = self._memory.host[: 2 * max_rows * 8].view(torch.int64).numpy()
         self.copied: Event = device.event()
@@ -82,22 +84,24 @@ class Slot:
         return self.views().host_rows
 
     @property
-    def host_target(self) -> RowTarget:
-        """All of the host's rows, as kernels write them; made once."""
-        if self._host_target is None:
+    def target(self) -> RowTarget:
+        """The slot as kernels write a decode step's rows to it, for `StagingRing.hand_over`; made once."""
+        if self._target is None:
             rows = self._memory.host[self._rows_at :].view(self._dtype).view(-1, self._dim)
-            self._host_target = RowTarget.of(rows)
-        return self._host_target
+            self._target = RowTarget(rows, self.row_ids, self.indices)
+        return self._target
 
     def views(self) -> _Views:
         """Those of `num_rows` rows; made once for each number."""
         if self.num_rows not in self._views:
             end = self._rows_at + self.num_rows * self._dim * self._dtype.itemsize
             host, device = self._memory.host[:end], self._memory.device[:end]
+            indices = device[: self._rows_at].view(torch.int64)
             self._views[self.num_rows] = _Views(
                 host_rows=host[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
                 device_rows=device[self._rows_at :].view(self._dtype).view(self.num_rows, self._dim),
-                device_indices=device[: self._rows_at].view(torch.int64),
+                device_indices=indices,
+                first_indices=indices[: self.num_rows],
                 host_bytes=host,
                 device_bytes=device,
             )
@@ -181,7 +185,7 @@ class StagingRing:
         assert len(row_ids) <= slot.num_rows
         slot.num_rows = len(row_ids)
         slot.indices[: len(indices)] = indices
-        self._queue_copy(slot)
+        self._queue_copy(slot, slot.views())
         slot.row_ids[: slot.num_rows] = row_ids  # I4: only now the slot stands for them
         slot.state = SlotState.READY
 
@@ -201,14 +205,31 @@ class StagingRing:
         views = slot.views()
         return views.device_rows, views.device_indices
 
+    def hand_over(self, slot: Slot, num_rows: int) -> tuple[Tensor, Tensor]:
+        """`commit` and `use` in one, of a reserved slot that is written at once, as far as `num_rows` rows.
+
+        The host has written rows, their ids and the index of each to `slot.target` together, so that the slot
+        can stand for no others (I4).
+
+        Returns:
+            The rows (num_rows, dim) and their indices (num_rows,) on the device, as `use`.
+        """
+        assert slot.state is SlotState.FILLING
+        assert num_rows <= slot.num_rows
+        slot.num_rows = num_rows
+        views = slot.views()
+        self._queue_copy(slot, views)
+        self._device.wait(Stream.COMPUTE, slot.copied)  # I3
+        slot.state = SlotState.IN_USE
+        return views.device_rows, views.first_indices
+
     def release(self, slot: Slot) -> None:
         """Gives the slot back, used or not; work launched so far may still read it."""
         was_in_use, slot.state = slot.state is SlotState.IN_USE, SlotState.FREE
         if was_in_use:
             self._device.record(slot.consumed, Stream.COMPUTE)
 
-    def _queue_copy(self, slot: Slot) -> None:
-        views = slot.views()
+    def _queue_copy(self, slot: Slot, views: _Views) -> None:
         self._device.wait(Stream.COPY, slot.consumed)  # I2
         self._device.copy_to_device(views.device_bytes, views.host_bytes)
         self._device.record(slot.copied, Stream.COPY)

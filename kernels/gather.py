@@ -6,8 +6,7 @@ exception and not a dead process) or on its NumPy/torch oracle. Knows bytes and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,28 +160,6 @@ def check_ids(row_ids: NDArray[np.int64], num_ids: int) -> None:
     """Raises IndexError if one of them is beyond a table of `num_ids` rows."""
     if (largest := int(row_ids.max(initial=-1))) >= num_ids:
         raise IndexError(f"row id {largest} is beyond the table's {num_ids} rows")
-
-
-@dataclass(frozen=True, slots=True)
-class RowTarget:
-    """Where rows go, as the native kernels take it: made once for memory that is written again and again.
-
-    Attributes:
-        rows: (num_rows, dim).
-    """
-
-    rows: Tensor
-    num_rows: int
-    dim: int
-    address: int
-    stride_bytes: int
-    dtype_id: int
-
-    @classmethod
-    def of(cls, out: Tensor) -> Self:
-        """Raises ValueError: `out` cannot take decoded rows."""
-        num_rows, dim = out.shape if out.dim() == 2 else (-1, -1)
-        return cls(out, num_rows, dim, *check_out(out, num_rows, dim))
 
 
 def check_out(out: Tensor, num_rows: int, dim: int) -> tuple[int, int, int]:

@@ -6,12 +6,12 @@ since that is what an engine keeps of its sequences.
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from scone.kernels.extension import native
-from scone.kernels.gather import RowMemory, RowTarget
+from scone.kernels.gather import RowMemory
 from scone.kernels.match import FAULTS, Matcher, raise_fault
+from scone.kernels.row_target import RowTarget
 
 _NOT_NEWEST, _ELSEWHERE = -1, -2
 
@@ -23,15 +23,13 @@ def look_up_newest(
     row_ids: list[list[int]],
     positions: list[int],
     out: RowTarget,
-    wanted: NDArray[np.int64],
-    places: NDArray[np.int64],
 ) -> int | None:
-    """As `Matcher.match_newest`, and the row of wanted[k] is written to out[k].
+    """As `Matcher.match_newest`, and the rows are written as well.
 
     Args:
         memory: of checked bytes: without checksums of its own.
         positions: of each sequence, which of its inputs is asked for.
-        out: of at least as many rows as there are sequences.
+        out: of at least as many rows as there are sequences; takes the rows, their ids and whose they are.
 
     Returns:
         How many rows there are. None, and nothing was appended, if some position is not that of the newest
@@ -40,24 +38,10 @@ def look_up_newest(
     Raises:
         DamagedDataError: as `Matcher.match_newest`.
     """
-    if out.num_rows < len(sequences) or out.dim != memory.codec.dim:
-        raise ValueError(
-            f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(sequences)}, {memory.codec.dim})"
-            " or more rows"
-        )
     if native is None or matcher.native is None or memory.native is None:
-        return look_up_reference(matcher, memory, sequences, row_ids, positions, out, wanted, places)
+        return look_up_reference(matcher, memory, sequences, row_ids, positions, out)
     found: int = native.look_up_newest(
-        matcher.native,
-        memory.native,
-        sequences,
-        row_ids,
-        positions,
-        out.address,
-        out.stride_bytes,
-        out.dtype_id,
-        wanted,
-        places,
+        matcher.native, memory.native, sequences, row_ids, positions, out.native
     )
     if found >= 0:
         return found
@@ -74,18 +58,19 @@ def look_up_reference(
     row_ids: list[list[int]],
     positions: list[int],
     out: RowTarget,
-    wanted: NDArray[np.int64],
-    places: NDArray[np.int64],
 ) -> int | None:
     """The oracle of `look_up_newest`."""
     ends = [(len(tokens) - 1, len(ids)) for tokens, ids in zip(sequences, row_ids, strict=True)]
     if ends != [(position, position) for position in positions]:
         return None
     found: list[list[int]] = [[] for _ in sequences]
-    num_wanted = matcher.match_newest(sequences, found, wanted, places)
-    if num_wanted and wanted[:num_wanted].max() >= memory.num_rows:
+    num_wanted = matcher.match_newest(sequences, found, out.row_ids, out.places)
+    wanted = out.row_ids[:num_wanted]
+    if num_wanted and wanted.max() >= memory.num_rows:
         return None
     for ids, more in zip(row_ids, found, strict=True):
         ids += more
-    memory.gather(wanted[:num_wanted], 0, memory.num_rows, out.rows[:num_wanted])
+    rows = torch.empty(num_wanted, memory.codec.dim, dtype=out.rows.dtype)
+    memory.gather(wanted, 0, memory.num_rows, rows)
+    out.put(rows)
     return num_wanted

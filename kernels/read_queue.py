@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from scone.kernels.disk_read import PAGE_BYTES, uring_available
 from scone.kernels.extension import native
-from scone.kernels.gather import RowMemory, RowTarget
+from scone.kernels.gather import RowMemory
 from scone.kernels.row_codec import RowCodec
+from scone.kernels.row_target import RowTarget
 
 logger = logging.getLogger(__name__)
 
@@ -114,24 +115,19 @@ class ReadQueue:
         begins: I64,
         out: RowTarget,
     ) -> tuple[int, int] | None:
-        """Writes the rows of a decode step that were asked for with `submit` to `out`, ids[k] to out[k].
+        """Writes the rows of a decode step that were asked for with `submit` to `out`.
 
         Args:
             memory, num_loaded, mapped: where rows without a slot are: the first `num_loaded`, and the others.
             row_ids, positions: of each sequence of the step its row ids, and which input it computes.
             ids, places: (n,) the rows that there should be, and which sequence wants each.
             slots, begins: (n,) as `submit` filled them.
-            out: of at least n rows.
+            out: of at least as many rows as there are sequences; takes `ids` and `places` too.
 
         Returns:
             How many rows came from `memory` and from `mapped`. None, and what was written has no meaning, if
             the sequences want other rows, or some row has not arrived, cannot be read or is not there.
         """
-        if out.num_rows < len(ids) or out.dim != self._codec.dim:
-            raise ValueError(
-                f"out has shape ({out.num_rows}, {out.dim}), wanted ({len(ids)}, {self._codec.dim})"
-                " or more rows"
-            )
         result: tuple[int, int] | None = native.gather_newest(  # type: ignore[union-attr]
             self._native,
             None if memory is None else memory.native,
@@ -143,9 +139,7 @@ class ReadQueue:
             places,
             slots,
             begins,
-            out.address,
-            out.stride_bytes,
-            out.dtype_id,
+            out.native,
         )
         return result
 

@@ -39,6 +39,8 @@ class Moment:
 class PacedDevice(CpuDevice):
     """Rows lie where the host writes them (moving them is not the host's work), but arrive as if copied."""
 
+    is_host = False
+
     def __init__(self) -> None:
         super().__init__()
         self._compute, self._copy = Moment(), Moment()  # until when each stream is busy

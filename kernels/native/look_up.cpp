@@ -13,7 +13,7 @@
 
 #include "arrays.hpp"
 #include "match.hpp"
-#include "row_memory.hpp"
+#include "row_target.hpp"
 
 namespace nb = nanobind;
 
@@ -28,13 +28,10 @@ struct NewestMatches {
     int64_t fault;
 };
 
-static Py_ssize_t checked_batch(nb::list sequences, nb::list row_ids, const Out1<int64_t>& wanted,
-                                const Out1<int64_t>& places) {
+static Py_ssize_t checked_batch(nb::list sequences, nb::list row_ids) {
     Py_ssize_t batch = PyList_GET_SIZE(sequences.ptr());
     if (PyList_GET_SIZE(row_ids.ptr()) != batch)
         throw std::invalid_argument("there are not as many lists of row ids as of token ids");
-    if (Py_ssize_t(wanted.size()) < batch || Py_ssize_t(places.size()) < batch)
-        throw std::invalid_argument("wanted or places is shorter than the batch");
     for (nb::list lists : {sequences, row_ids})
         for (Py_ssize_t i = 0; i < batch; i++) __builtin_prefetch(PyList_GET_ITEM(lists.ptr(), i));
     for (Py_ssize_t i = 0; i < batch; i++) {
@@ -74,16 +71,15 @@ static NewestMatches match_lists(const Matcher& matcher, nb::list sequences, Py_
 
 // Appends each sequence's row id to its list; those that are rows go to `wanted` as well, and whose they are to
 // `places`. Returns how many these are.
-static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, const Out1<int64_t>& wanted,
-                           const Out1<int64_t>& places) {
+static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, int64_t* wanted, int64_t* places) {
     int64_t num_wanted = 0;
     for (size_t i = 0; i < rows.size(); i++) {
         nb::object id = nb::steal(PyLong_FromLongLong(rows[i]));
         if (!id.is_valid() || PyList_Append(PyList_GET_ITEM(row_ids.ptr(), Py_ssize_t(i)), id.ptr()) != 0)
             throw nb::python_error();
         if (rows[i] < 0) continue;
-        wanted.data()[num_wanted] = rows[i];
-        places.data()[num_wanted++] = int64_t(i);
+        wanted[num_wanted] = rows[i];
+        places[num_wanted++] = int64_t(i);
     }
     return num_wanted;
 }
@@ -91,18 +87,20 @@ static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, c
 // Returns the number of rows, or kFaults - fault; then nothing was appended.
 static int64_t match_newest(const Matcher& matcher, nb::list sequences, nb::list row_ids, Out1<int64_t> wanted,
                             Out1<int64_t> places) {
-    Py_ssize_t batch = checked_batch(sequences, row_ids, wanted, places);
+    Py_ssize_t batch = checked_batch(sequences, row_ids);
+    if (Py_ssize_t(wanted.size()) < batch || Py_ssize_t(places.size()) < batch)
+        throw std::invalid_argument("wanted or places is shorter than the batch");
     NewestMatches found = match_lists(matcher, sequences, batch);
     if (found.fault != kNoFault) return kFaults - found.fault;
-    return append_rows(found.rows, row_ids, wanted, places);
+    return append_rows(found.rows, row_ids, wanted.data(), places.data());
 }
 
-// The same, and row wanted[k] to row k of `out`, for inputs positions[i] of the sequences. Returns the number of
-// rows, or kNotNewest, kElsewhere or kFaults - fault; then nothing was appended or written.
+// The same, for inputs positions[i] of the sequences, and the rows: all that there is to know of them goes to `out`.
+// Returns the number of rows, or kNotNewest, kElsewhere or kFaults - fault; then nothing was appended or written.
 static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::list sequences, nb::list row_ids,
-                              nb::list positions, uintptr_t out, int64_t out_stride_bytes, int out_type,
-                              Out1<int64_t> wanted, Out1<int64_t> places) {
-    Py_ssize_t batch = checked_batch(sequences, row_ids, wanted, places);
+                              nb::list positions, const RowTarget& out) {
+    Py_ssize_t batch = checked_batch(sequences, row_ids);
+    out.check(batch, memory.dim());
     if (PyList_GET_SIZE(positions.ptr()) != batch) throw std::invalid_argument("positions is not as long as sequences");
     for (Py_ssize_t i = 0; i < batch; i++) {
         long long position = PyLong_AsLongLong(PyList_GET_ITEM(positions.ptr(), i));
@@ -117,19 +115,25 @@ static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::lis
         if (row >= memory.num_rows()) return kElsewhere;
     for (int64_t row : found.rows)
         if (row >= 0) memory.ask_for_row(row);
-    int64_t num_wanted = append_rows(found.rows, row_ids, wanted, places);
-    RowMemory::Target target{reinterpret_cast<uint8_t*>(out), out_stride_bytes, FloatType(out_type)};
-    memory.gather(wanted.data(), num_wanted, 0, memory.num_rows(), target, 1);
+    int64_t num_wanted = append_rows(found.rows, row_ids, out.row_ids(), out.places());
+    if (out.by_place)
+        memory.gather(found.rows.data(), batch, 0, memory.num_rows(), out.memory, 1);
+    else
+        memory.gather(out.row_ids(), num_wanted, 0, memory.num_rows(), out.memory, 1);
     return num_wanted;
 }
 
 void register_look_up(nb::module_& m) {
+    nb::class_<RowTarget>(m, "RowTarget")
+        .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int, bool, Out1<int64_t>, Out1<int64_t>>(), nb::arg("rows"),
+             nb::arg("num_rows"), nb::arg("dim"), nb::arg("stride_bytes"), nb::arg("dtype"), nb::arg("by_place"),
+             nb::arg("row_ids").noconvert(), nb::arg("places").noconvert())
+        .def("move_to", &RowTarget::move_to);
     m.def("match_newest", &match_newest, nb::arg("matcher"), nb::arg("sequences").noconvert(),
           nb::arg("row_ids").noconvert(), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
     m.def("look_up_newest", &look_up_newest, nb::arg("matcher"), nb::arg("memory"),
           nb::arg("sequences").noconvert(), nb::arg("row_ids").noconvert(), nb::arg("positions").noconvert(),
-          nb::arg("out"), nb::arg("out_stride_bytes"), nb::arg("out_type"), nb::arg("wanted").noconvert(),
-          nb::arg("places").noconvert());
+          nb::arg("out"));
 }
 
 }  // namespace scone

@@ -84,16 +84,16 @@ struct Block {
     int32_t further[kBlock];  // those of the candidates whose search goes on after the first bucket
 };
 
-// Asks for the lines of all lengths at once. For a few positions only: more of them give each length lines enough
-// to be on their way together, without those of lengths that are never reached.
-template <class TokenAt>
-void ask_for_all(const Index& index, const Block& block, int64_t size, const TokenAt& token) {
-    for (int64_t i = 0; i < size; i++) {
-        uint64_t lane = index.seed_a;
-        for (int n = 1; n <= block.reach[i]; n++) {
-            lane = extend(lane, token(i, n - 1), kMultiplierA);
-            if (n >= 2) __builtin_prefetch(&index.buckets[home_bucket(lane, index.num_home_buckets)], 0, 2);
-        }
+// Has a bucket's line brought into the caches. Many positions' lines are prefetched. The few of a decode step are
+// loaded: looked for between an engine's other work, prefetched ones came late, and each probe took 180 cycles, not
+// 22 (docs/lookup.md).
+template <bool consecutive>
+void fetch(const Bucket& bucket) {
+    if (consecutive) {
+        __builtin_prefetch(&bucket, 0, 2);
+    } else {
+        uint32_t meta = bucket.meta;
+        asm volatile("" : : "r"(meta));  // loaded, though nobody looks at it
     }
 }
 
@@ -104,7 +104,6 @@ template <bool consecutive, class TokenAt>
 int64_t match_block(const Index& index, Block& block, int64_t size, const TokenAt& token, int64_t* rows,
                     int8_t* lengths) {
     int64_t num_candidates = 0;
-    if (!consecutive) ask_for_all(index, block, size, token);
     for (int64_t i = 0; i < size; i++) {
         rows[i] = -1;
         lengths[i] = 1;
@@ -121,7 +120,7 @@ int64_t match_block(const Index& index, Block& block, int64_t size, const TokenA
             block.lane_a[i] = extend(block.lane_a[i], id, kMultiplierA);
             block.lane_b[i] = extend(block.lane_b[i], id, kMultiplierB);
             block.bucket[k] = home_bucket(block.lane_a[i], index.num_home_buckets);
-            __builtin_prefetch(&index.buckets[block.bucket[k]], 0, 2);
+            fetch<consecutive>(index.buckets[block.bucket[k]]);
         }
         int64_t num_further = 0;
         uint32_t damaged = 0;

@@ -75,6 +75,7 @@ class RowMemory {
     };
 
     int64_t num_rows() const { return num_rows_; }
+    int64_t dim() const { return format_.dim; }
 
     // out[i] = row ids[i] for begin <= ids[i] < end; other rows of out stay untouched.
     // Returns the number of rows written, kRowFault, kBeyond, or kDamagedRow - row.
@@ -166,7 +167,7 @@ class RowMemory {
         // Each piece begins without rows on their way: few of them, but enough that no thread waits long.
         int64_t num_bytes = n * int64_t(row_bytes_) / (8 * num_threads);
         int64_t chunk = std::clamp(num_bytes, kLeastBytesPerChunk, kMostBytesPerChunk) / int64_t(row_bytes_) + 1;
-        team_->run([&](int t) {
+        team_->run_available([&](int t) {
             team_->share(int(n), int(chunk), [&](int from, int to) {
                 int64_t& result = results[size_t(t)];
                 if (result < 0) return;

@@ -2,7 +2,7 @@
 //
 // Not OpenMP: torch brings its own copy of that runtime, and two of them would fight over the cores.
 // Between two calls of `run` the threads sleep; within one they spin at barriers, since the phases of a
-// decoder layer are shorter than a wake-up.
+// decoder layer are shorter than a wake-up. Work without barriers is better given to `run_available`.
 #pragma once
 
 #include <atomic>
@@ -43,17 +43,26 @@ public:
     // One caller at a time.
     void run(const std::function<void(int)>& task) {
         next_.store(0, std::memory_order_relaxed);
-        if (size_ > 1) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            task_ = &task;
-            ++round_;
-        }
-        wake_.notify_all();
+        if (size_ > 1) start(task, true);
         task(0);
         barrier();
     }
 
-    // Waits for the whole team, and starts the count of `take` anew.
+    // Runs `task(thread_id)` on the caller and on those threads that wake up before its call returns; all of the work
+    // must be handed out by `share`. One that wakes too late is not waited for: where another process has its core,
+    // that takes until the end of that one's time slice, some milliseconds.
+    void run_available(const std::function<void(int)>& task) {
+        next_.store(0, std::memory_order_relaxed);
+        start(task, false);
+        task(0);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = nullptr;
+        }
+        for (int spins = 0; num_joined_.load(std::memory_order_acquire) > 0; ++spins) relax(spins);
+    }
+
+    // Waits for the whole team, and starts the count of `share` anew.
     void barrier() {
         const uint32_t phase = phase_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -62,13 +71,7 @@ public:
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-            if (spins < 2000) {
-                pause();
-            } else {
-                std::this_thread::yield();  // another process has the core that we wait for
-            }
-        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) relax(spins);
     }
 
     // The next of `num_items` items, `chunk` at a time: calls body(begin, end) until none is left.
@@ -82,7 +85,22 @@ public:
     }
 
 private:
-    static void pause() {
+    void start(const std::function<void(int)>& task, bool together) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = &task;
+            together_ = together;
+            ++round_;
+        }
+        wake_.notify_all();
+    }
+
+    // Between two looks at what another thread is to do.
+    static void relax(int spins) {
+        if (spins >= 2000) {
+            std::this_thread::yield();  // another process has the core that we wait for
+            return;
+        }
 #if defined(__x86_64__)
         _mm_pause();
 #elif defined(__aarch64__)
@@ -94,15 +112,23 @@ private:
         uint64_t seen = 0;
         for (;;) {
             const std::function<void(int)>* task;
+            bool together;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return stopping_ || round_ != seen; });
                 if (stopping_) return;
                 seen = round_;
                 task = task_;
+                together = together_;
+                if (task == nullptr) continue;  // too late
+                if (!together) num_joined_.fetch_add(1, std::memory_order_relaxed);
             }
             (*task)(id);
-            barrier();
+            if (together) {
+                barrier();
+            } else {
+                num_joined_.fetch_sub(1, std::memory_order_release);
+            }
         }
     }
 
@@ -111,9 +137,11 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     const std::function<void(int)>* task_ = nullptr;
+    bool together_ = true;  // whether all threads take part in the task
     uint64_t round_ = 0;
     bool stopping_ = false;
     std::atomic<int> arrived_{0};
+    std::atomic<int> num_joined_{0};  // threads in a task of `run_available`
     std::atomic<uint32_t> phase_{0};
     std::atomic<int> next_{0};
 };

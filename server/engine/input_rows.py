@@ -25,7 +25,7 @@ from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
-from scone.kernels.gather import RowTarget
+from scone.kernels.row_target import RowTarget
 from scone.server.engine.scheduler import Chunk
 
 CHUNK_TOKENS = 256
@@ -86,8 +86,6 @@ class Table(Protocol):
         row_ids: list[list[int]],
         positions: list[int],
         out: RowTarget,
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
     ) -> int | None: ...
     def tier_of(self, row_ids: NDArray[np.int64]) -> Any: ...
     def read_into(self, row_ids: NDArray[np.int64], out: Tensor) -> None: ...
@@ -210,11 +208,6 @@ class InputRows:
         self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: NDArray[np.int64] = np.empty(0, np.int64)
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether there are rows that may have to be waited for."""
-        return not self.table.never_waits
-
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
         row_ids, _ = self.table.match(np.asarray(input_ids, dtype=np.int32))
@@ -285,17 +278,17 @@ class InputRows:
         token_ids: list[list[int]],
         positions: list[int],
         out: RowTarget,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    ) -> int | None:
         """`wanted` and `gather` in one for decoding sequences, each asking for the row of its newest token.
 
         Args:
             row_ids, token_ids: of each sequence of the batch; may append to the former.
             positions: its input.
-            out: its first rows are written, as many as there are.
+            out: of at least as many rows as there are sequences.
 
         Returns:
-            As `wanted`. None, and nothing was done, if it cannot be done at once: see the table's method and,
-            where rows were asked for ahead, that of what is pending.
+            How many rows there are. None, and nothing was done, if it cannot be done at once: see the table's
+            method and, where rows were asked for ahead, that of what is pending.
 
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
@@ -305,11 +298,8 @@ class InputRows:
             is_done = newest.batch == batch and newest.pending.gather_newest(
                 newest.ids, newest.places, row_ids, positions, out
             )
-            return (newest.ids, newest.places) if is_done else None
-        self._make_room(len(row_ids))
-        wanted, places = self._wanted, self._places
-        num_wanted = self.table.look_up_newest(token_ids, row_ids, positions, out, wanted, places)
-        return None if num_wanted is None else (wanted[:num_wanted], places[:num_wanted])
+            return len(newest.ids) if is_done else None
+        return self.table.look_up_newest(token_ids, row_ids, positions, out)
 
     def gather(
         self,

@@ -78,7 +78,7 @@ class InputStage:
         Rows in memory need not be asked for: they are matched when a step lays them.
         """
         for source in {g.run.input_rows for g in generations}:
-            if source is not None and source.reads_ahead:
+            if source is not None and not source.table.never_waits:
                 group = [g for g in generations if g.run.input_rows is source]
                 try:
                     self._extend_group(source, group)

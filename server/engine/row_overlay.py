@@ -1,11 +1,12 @@
 """Lays the f-gram rows of a step over its token embeddings, wherever the model's memory is.
 
-Host gathers, copy stream copies, compute stream lays: between them stands the staging ring.
+Host gathers, copy stream copies, compute stream lays: between them stands the staging ring. Where the model
+computes on the host, the rows of a step that only decodes are written over the embeddings themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,17 +17,20 @@ from torch import Tensor
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import StagingRing
+from scone.kernels.row_target import RowTarget
 from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
 
 
 class _Batch(NamedTuple):
-    """Sequences that decode together with rows of one source: the lists that they go on filling."""
+    """Sequences that decode together with rows of one source.
 
-    source: InputRows
+    Attributes:
+        look_up: the source's `look_up_newest`, of the lists that these sequences go on filling.
+    """
+
     rows: Rows
-    row_ids: list[list[int]]
-    token_ids: list[list[int]]
+    look_up: Callable[[list[int], RowTarget], int | None]
 
 
 class RowOverlay:
@@ -37,6 +41,10 @@ class RowOverlay:
         self.device = device
         self.ring = StagingRing(device, max_num_inputs, dim, dtype)
         self._batch: _Batch | None = None
+        self._embeddings: RowTarget | None = None  # where the model reads them in the host's memory
+        if device.is_host:
+            row_ids, places = np.empty((2, max_num_inputs), np.int64)
+            self._embeddings = RowTarget(torch.empty(1, dim, dtype=dtype), row_ids, places, by_place=True)
 
     def lay_newest(self, rows: Rows, chunks: Sequence[Chunk], embeddings: Tensor) -> bool:
         """`lay` in few calls, of sequences that decode, the newest token of each.
@@ -44,28 +52,25 @@ class RowOverlay:
         Returns:
             False, and nothing was done, if that is not what they do, or some row is not at hand.
         """
-        if len(chunks) < len(embeddings):
+        positions = [chunk.start for chunk in chunks if chunk.num_tokens == 1]
+        if len(positions) < len(chunks):
             return False
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = _batch_of(rows, chunks)
             if batch is None:
                 return False
+        if self._embeddings is not None:  # if it breaks off half-way, `lay` writes the same places
+            self._embeddings.move_to(embeddings, len(chunks))
+            return batch.look_up(positions, self._embeddings) is not None
         slot = self.ring.reserve(len(chunks))
         assert slot is not None, "each step gives its slot back"
         try:
-            positions = [chunk.start for chunk in chunks]
-            found = batch.source.look_up_newest(
-                rows, batch.row_ids, batch.token_ids, positions, slot.host_target
-            )
-            if found is None:
-                return False
-            wanted, places = found
-            if len(wanted):
-                self.ring.commit(slot, wanted, places)
-                staged, device_places = self.ring.use(slot, wanted)
-                self.device.launch(partial(embeddings.index_copy_, 0, device_places[: len(wanted)], staged))
-            return True
+            num_rows = batch.look_up(positions, slot.target)
+            if num_rows:
+                staged, places = self.ring.hand_over(slot, num_rows)
+                self.device.launch(partial(embeddings.index_copy_, 0, places, staged))
+            return num_rows is not None
         finally:
             self.ring.release(slot)
 
@@ -145,9 +150,8 @@ def _batch_of(rows: Rows, chunks: Sequence[Chunk]) -> _Batch | None:
     present = [r for r in rows if r is not None]
     if len(present) < len(rows) or len({r.source for r in present}) != 1:
         return None
-    return _Batch(
-        present[0].source, rows, [r.row_ids for r in present], [chunk.seq.token_ids for chunk in chunks]
-    )
+    row_ids, token_ids = [r.row_ids for r in present], [chunk.seq.token_ids for chunk in chunks]
+    return _Batch(rows, partial(present[0].source.look_up_newest, rows, row_ids, token_ids))
 
 
 def staging_device(device: torch.device) -> Device:

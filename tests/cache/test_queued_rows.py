@@ -16,8 +16,8 @@ from scone.cache import FGramTable, Prefetcher, TableConfig
 from scone.cache.queued_rows import NUM_SLOTS, QueuedRows, RowQueue
 from scone.cache.row_reader import MappedReader
 from scone.kernels.disk_read import uring_available
-from scone.kernels.gather import RowTarget
 from scone.kernels.row_codec import CODECS
+from scone.kernels.row_target import RowTarget
 from scone.model_store.fgram_set import FGramSet
 
 pytestmark = pytest.mark.skipif(not uring_available(), reason="io_uring is not allowed here")
@@ -151,17 +151,26 @@ class Step:
         assert pending is not None
         self.pending = pending
 
-    def gather(self, out: Tensor) -> bool:
-        return self.pending.gather_newest(
-            self.ids, self.places, self.row_ids, self.positions, RowTarget.of(out)
-        )
+    def gather(self, out: Tensor, *, by_place: bool = False) -> bool:
+        row_ids, places = np.empty((2, len(out)), np.int64)
+        target = RowTarget(out, row_ids, places, by_place=by_place)
+        if not self.pending.gather_newest(self.ids, self.places, self.row_ids, self.positions, target):
+            return False
+        assert row_ids[: len(self.ids)].tolist() == self.ids.tolist()
+        assert places[: len(self.ids)].tolist() == self.places.tolist()
+        return True
 
 
 def gathered(step: Step, dim: int, dtype: torch.dtype) -> Tensor:
-    out = torch.full((30, dim), 3.0, dtype=dtype)
+    out, by_place = torch.full((2, 30, dim), 3.0, dtype=dtype)
     assert step.pending.wait(0, len(step.ids), 30)
     assert step.gather(out)
     assert (out[len(step.ids) :] == 3.0).all()
+    assert step.gather(by_place, by_place=True)
+    places = torch.from_numpy(step.places)
+    assert torch.equal(by_place[places], out[: len(step.ids)])
+    by_place[places] = 3.0
+    assert (by_place == 3.0).all()
     return out[: len(step.ids)]
 
 
@@ -201,8 +210,8 @@ def test_a_step_gathers_rows_from_wherever_they_are(
         del step
     assert queue.reads.num_free == NUM_SLOTS
     stats = queue.stats.by_tier
-    # beside what the step gathered, `table.rows` read all of it once for each type
-    assert stats["ram"].num_rows == 2 * num_rows["ram"]
+    # what the step gathered, once by place, and `table.rows` read all of it once for each type
+    assert stats["ram"].num_rows == 3 * num_rows["ram"]
     assert stats["disk"].num_rows > num_rows["disk"]
 
 

@@ -38,6 +38,18 @@ def test_large_outputs_equal_small_ones(dim: int, shift: int, offset: int, num_t
     assert (gaps == 7.0).all()
 
 
+def test_threads_that_come_too_late_are_done_without() -> None:
+    """Far more threads than cores, and calls so short that most of them find nothing left to do."""
+    codec = RowCodec("raw", "bfloat16", 1024)
+    rows = torch.randn(512, 1024, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    memory = memory_of(codec.encode(rows), codec)
+    out = torch.empty(600, 1024, dtype=torch.bfloat16)
+    for seed in range(60):
+        ids = np.random.default_rng(seed).integers(0, 512, 600)
+        assert memory.gather(ids, 0, 512, out.zero_(), 16) == 600
+        assert torch.equal(out, rows[ids])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec_name", CODECS)
 def test_gather_equals_decoding_the_same_rows(codec_name: str, dtype: str) -> None:

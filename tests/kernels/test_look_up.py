@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.fgram_hash import BUCKET_DTYPE
-from scone.kernels.gather import RowMemory, RowTarget
+from scone.kernels.gather import RowMemory
 from scone.kernels.look_up import look_up_newest, look_up_reference
 from scone.kernels.match import MAX_N, BucketIndex, Matcher
 from scone.kernels.row_codec import RowCodec
+from scone.kernels.row_target import RowTarget
 from scone.model_store.fgram_index import build_index
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.table_header import HEADER_BYTES
@@ -44,7 +45,9 @@ def memory_of(num_rows: int, codec: str) -> RowMemory:
 class Step:
     """Sequences that decode together, and where their look-up goes."""
 
-    def __init__(self, tokens: NDArray[np.int64], batch: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tokens: NDArray[np.int64], batch: int, dtype: torch.dtype, *, by_place: bool = False
+    ) -> None:
         starts = np.random.default_rng(batch).integers(0, len(tokens) - 40, batch)
         lengths = (np.arange(batch) + 4) % 9 + 1
         self.sequences = [tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
@@ -52,6 +55,7 @@ class Step:
         self.positions = [len(sequence) - 1 for sequence in self.sequences]
         self.out = torch.full((batch, DIM), 7.0, dtype=dtype)
         self.wanted, self.places = np.full((2, batch + 3), -7)
+        self.by_place = by_place
 
     def run(self, look_up: LookUp, matcher: Matcher, memory: RowMemory) -> int | None:
         return look_up(
@@ -60,9 +64,7 @@ class Step:
             self.sequences,
             self.row_ids,
             self.positions,
-            RowTarget.of(self.out),
-            self.wanted,
-            self.places,
+            RowTarget(self.out, self.wanted, self.places, by_place=self.by_place),
         )
 
     def ids(self) -> list[Any]:
@@ -71,7 +73,7 @@ class Step:
 
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("batch", [0, 1, 32, 700])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "by_place"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_it_equals_its_parts(
     index: BucketIndex,
     zipf_fgrams: FGramSet,
@@ -79,9 +81,10 @@ def test_it_equals_its_parts(
     codec: str,
     batch: int,
     dtype: torch.dtype,
+    by_place: bool,
 ) -> None:
     memory = memory_of(len(zipf_fgrams), codec)
-    ours, theirs = Step(zipf_tokens, batch, dtype), Step(zipf_tokens, batch, dtype)
+    ours, theirs = [Step(zipf_tokens, batch, dtype, by_place=by_place) for _ in range(2)]
     counts = np.zeros((2, MAX_N + 1), np.int64)
     num_rows = ours.run(look_up_newest, Matcher(index, counts[0]), memory)
     assert num_rows == theirs.run(look_up_reference, Matcher(index, counts[1]), memory)
@@ -90,7 +93,10 @@ def test_it_equals_its_parts(
     assert (counts[0] == counts[1]).all()
     assert ours.ids() == theirs.ids()
     assert torch.equal(ours.out, theirs.out)
-    assert (ours.out[num_rows:] == 7.0).all()
+    has_row = torch.zeros(batch, dtype=torch.bool)
+    has_row[torch.from_numpy(ours.places[:num_rows]) if by_place else slice(num_rows)] = True
+    assert (ours.out[~has_row] == 7.0).all()
+    assert (ours.out[has_row] != 7.0).any(dim=1).all()
 
 
 @pytest.mark.parametrize("look_up", [look_up_newest, look_up_reference])
@@ -144,7 +150,7 @@ def test_wrong_arguments_are_refused(
         step.run(look_up_newest, matcher, memory)
     step = Step(zipf_tokens, 4, torch.bfloat16)
     step.wanted = step.wanted[:3]
-    with pytest.raises(ValueError, match="shorter than the batch"):
+    with pytest.raises(ValueError, match="shorter than the rows"):
         step.run(look_up_newest, matcher, memory)
     step = Step(zipf_tokens, 4, torch.bfloat16)
     step.sequences[0][-1] = "x"

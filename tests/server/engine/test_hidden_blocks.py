@@ -29,7 +29,8 @@ from scone.server.engine.model_runner import ModelRunner
 from scone.server.errors import SettingError
 from scone.server.recycled_benchmark import RecycledBenchmark
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 from .recycled_world import MakeWorld, answer, counted, facts, num_cached
 from .restarts import RAM_BYTES, Restarts, SlowStore
 
