@@ -248,7 +248,7 @@ class EngineCore:
         self._sequences.finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
 
     def _fork(self, generation: Generation) -> list[Generation]:
-        """What to sample from a sequence's logits after the prompt: itself and, if it is the first, siblings."""
+        """What to sample from the logits after a prompt: its sequence and, of the first one, siblings."""
         run = generation.run
         # The prompt is scored: from now on cached blocks will do, and the last token's state.
         generation.seq.reuse_prefix, generation.seq.wants_all_states = True, False
