@@ -263,13 +263,13 @@ MULTI_HEAD = {"num_kv_heads": 4}
 
 
 @pytest.mark.usefixtures("_instruction_set")
-@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"quantization": "int4"}])
+@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", [MULTI_HEAD, {"architecture": "qwen3", "qk_norm": True}, {}])
 def test_keys_and_values_are_restored_from_what_went_into_the_layers(
-    settings: dict[str, Any], shape: dict[str, Any]
+    quantization: Quantization, shape: dict[str, Any]
 ) -> None:
     """Kept in chunks and a batch, restored some blocks at a time elsewhere: the same bits."""
-    decoder, config = random_decoder(**shape), replace(CONFIG, **settings)
+    decoder, config = random_decoder(**shape), replace(CONFIG, quantization=quantization)
     first, second = (ModelRunner(decoder, config) for _ in range(2))
     states = first.new_states(9)
     assert states[0].nbytes == first.state_bytes
