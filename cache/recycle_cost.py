@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scone.cache.recycled_stats import StateTier
 
@@ -69,6 +70,18 @@ class ReadSpeed:
         return self.latency_seconds + num_bytes * self.seconds_per_byte
 
 
+class HeldState(NamedTuple):
+    """A state that may be fetched.
+
+    Attributes:
+        work_seconds: what is to be done with it once it is read.
+    """
+
+    tier: StateTier
+    num_bytes: int
+    work_seconds: float = 0.0
+
+
 class RecycleCost:
     """Thread-safe.
 
@@ -97,16 +110,20 @@ class RecycleCost:
         per_token = self._seconds_per_token
         return num_tokens * (_UNMEASURED_SECONDS if per_token is None else per_token)
 
-    def break_even_bytes_per_second(self, bytes_per_token: float) -> float | None:
-        """The bandwidth above which fetching is faster than computing; None: not measured yet."""
-        return bytes_per_token / self._seconds_per_token if self._seconds_per_token else None
+    def break_even_bytes_per_second(self, bytes_per_token: float, work_seconds: float = 0.0) -> float | None:
+        """The bandwidth above which fetching is faster than computing; None: none is, or it is not measured.
 
-    def num_to_fetch(self, tiers: Sequence[StateTier], state_bytes: int, state_tokens: int) -> int:
+        `work_seconds`: what is to be done for each token once it is read.
+        """
+        saved = (self._seconds_per_token or 0.0) - work_seconds
+        return bytes_per_token / saved if saved > 0 else None
+
+    def num_to_fetch(self, held: Sequence[HeldState], state_tokens: int) -> int:
         """How many states of a chain, from the first on, are to be fetched.
 
         Args:
-            tiers: of each state that is held.
-            state_bytes, state_tokens: of each.
+            held: the states that are held.
+            state_tokens: of each.
 
         Returns:
             The number that saves most time by what was measured; all of them while too little was, and once
@@ -114,15 +131,15 @@ class RecycleCost:
         """
         with self._lock:
             if self._seconds_per_token is None:
-                return len(tiers)
+                return len(held)
             best, best_saved, saved = 0, 0.0, 0.0
-            for number, tier in enumerate(tiers, 1):
-                saved += state_tokens * self._seconds_per_token
-                saved -= self._read_speeds[tier].seconds(state_bytes) or 0.0
+            for number, state in enumerate(held, 1):
+                saved += state_tokens * self._seconds_per_token - state.work_seconds
+                saved -= self._read_speeds[state.tier].seconds(state.num_bytes) or 0.0
                 if saved > best_saved:
                     best, best_saved = number, saved
-            if best < len(tiers):
+            if best < len(held):
                 self._num_refused += 1
                 if self._num_refused % RETRY_AFTER == 0:
-                    return len(tiers)
+                    return len(held)
             return best

@@ -48,14 +48,18 @@ class _Place:
 
 
 class RecycledDisk:
-    """Records by name, on disk. Thread-safe."""
+    """Records by name, on disk. Thread-safe.
+
+    Attributes:
+        path: the folder.
+    """
 
     def __init__(self, path: Path, disk_bytes: int | None, stats: RecycledStats) -> None:
         """Opens or makes the store in folder `path`; raises CacheError.
 
         `disk_bytes` becomes the budget of every process that shares the store; None leaves it as it is.
         """
-        self._path = path
+        self.path = path
         self._stats = stats
         self._places = [_Place() for _ in range(NUM_SHARDS)]
         self._last_error = ""
@@ -76,7 +80,7 @@ class RecycledDisk:
     def file_bytes(self) -> int:
         """What the store's files take."""
         num_bytes = 0
-        for file in self._path.iterdir():
+        for file in self.path.iterdir():
             with suppress(FileNotFoundError):  # replaced meanwhile
                 num_bytes += file.stat().st_size
         return num_bytes
@@ -202,7 +206,7 @@ class RecycledDisk:
         failures = self._places[place].num_failures + 1 if "failed" in results.values() else 0
         self._places[place].num_failures = failures
         if failures >= _MAX_FAILURES:
-            logger.warning("shard %d of %s takes no more writes: it begins afresh", place, self._path)
+            logger.warning("shard %d of %s takes no more writes: it begins afresh", place, self.path)
             self._places[place].num_failures = 0
             self._replace(place, self._places[place].generation)
         return results
@@ -210,7 +214,7 @@ class RecycledDisk:
     # Files
 
     def _file(self, place: int, generation: int) -> Path:
-        return self._path / f"shard-{place}.{generation}.lmdb"
+        return self.path / f"shard-{place}.{generation}.lmdb"
 
     def _share_bytes(self) -> int:
         """What the data file of one shard may take."""
@@ -228,12 +232,12 @@ class RecycledDisk:
                 with self._current(place) as shard:
                     return use(shard)
         except DAMAGE as error:
-            logger.error("shard %d of %s is damaged and begins afresh: %s", place, self._path, error)
+            logger.error("shard %d of %s is damaged and begins afresh: %s", place, self.path, error)
             self._stats.add_damaged_file()
             self._replace(place, self._places[place].generation)
         except (OSError, lmdb.Error) as error:
             if str(error) != self._last_error:  # a full disk fails every write
-                logger.warning("recycled states in %s: %s", self._path, error)
+                logger.warning("recycled states in %s: %s", self.path, error)
             self._last_error = str(error)
         return otherwise
 
@@ -318,7 +322,7 @@ class RecycledDisk:
         """Removes files that no process will look at: left behind by one that was killed."""
         with self._header.locked():
             current = {self._file(i, g).name for i, g in enumerate(self._header.generations)}
-            for file in self._path.glob("shard-*.lmdb*"):
+            for file in self.path.glob("shard-*.lmdb*"):
                 if file.name.removesuffix("-lock") not in current:
                     file.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from scone.cache.disk_speed import probe_disk
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycle_cost import ReadSpeed
 from scone.cache.recycled_config import RecycledConfig
@@ -102,9 +103,13 @@ class RecycledStore:
         """How many of `keys`, from the first on, are held; reads no payload."""
         return len(self.locate(kind, keys))
 
-    def locate(self, kind: Kind, keys: Sequence[bytes]) -> list[StateTier]:
-        """The tier of each of `keys`, from the first on, until one is not held."""
-        self.stats.add_queries(kind, len(keys))
+    def locate(self, kind: Kind, keys: Sequence[bytes], *, again: bool = False) -> list[StateTier]:
+        """The tier of each of `keys`, from the first on, until one is not held.
+
+        `again`: the states were asked for by other keys before, and are not counted as further queries.
+        """
+        if not again:
+            self.stats.add_queries(kind, len(keys))
         names = [state_key(kind, key) for key in keys]
         in_ram = [name in self._ram for name in names]
         on_disk: list[bool] = [False] * len(names)
@@ -241,6 +246,10 @@ class RecycledStore:
     def file_bytes(self) -> int:
         """What the store's files take."""
         return 0 if self._disk is None else self._disk.file_bytes
+
+    def measure_disk(self) -> float | None:
+        """Bytes per second that the disk reads at, by a probe that takes a while; None: it cannot be told."""
+        return None if self._disk is None else probe_disk(self._disk.path)
 
     def set_budgets(self, *, ram_bytes: int | None = None, disk_bytes: int | None = None) -> None:
         """Changes what RAM (of all parties to the budget) and disk may be used, evicting what is too much.

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-IDENTITY_VERSION = 1
+IDENTITY_VERSION = 2
 """Raised whenever the same name could come to mean another state."""
 
 

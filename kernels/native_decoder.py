@@ -88,7 +88,8 @@ class NativeDecoder:
         A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
         Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
         `embeddings` are the states after so many layers, and only the layers from there on are run. Of tokens
-        that are not wanted (`batch.num_wanted`) the last of them computes no more than keys and values.
+        that are not wanted (`batch.num_wanted`) the last of them computes no more than keys and values. The
+        inputs of layers go to `batch.states` on the way, where they are asked for.
         """
         self._native.forward(
             embeddings,
@@ -101,5 +102,23 @@ class NativeDecoder:
             v_cache,
             first_layer,
             self._num_layers if num_layers is None else num_layers,
+            None if batch.state_rows is None else batch.states,
+            batch.state_rows,
         )
         return embeddings
+
+    def restore(
+        self,
+        states: Tensor,
+        slots: Tensor,
+        block_ids: Tensor,
+        first_positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> None:
+        """Computes keys and values of whole blocks, bit for bit, from inputs of layers that `forward` kept.
+
+        Of states (num_slots, num_layers, block_size, dim) float32 those in slots (n,) go to the blocks
+        block_ids (n,), whose first tokens are at first_positions (n,); all int32.
+        """
+        self._native.restore(states, slots, block_ids, first_positions, k_cache, v_cache)

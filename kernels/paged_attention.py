@@ -30,6 +30,9 @@ class PagedBatch:
         one_query_a_tile: no tile has more, as where all sequences decode.
         num_wanted: (num_seqs,) int32: hidden states are asked for of so many last queries of each sequence,
             and a forward pass may leave anything in place of the others; None: of all.
+        states: (num_slots, num_layers, block_size, dim), where a forward pass that can keeps layers' inputs.
+        state_rows: (num_tokens,) int32 `slot * block_size + place` among them, -1: those of this token are
+            not asked for; None: of no token.
     """
 
     query_starts: Tensor
@@ -39,6 +42,8 @@ class PagedBatch:
     tiles: Tensor | None = None
     one_query_a_tile: bool = False
     num_wanted: Tensor | None = None
+    states: Tensor | None = None
+    state_rows: Tensor | None = None
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

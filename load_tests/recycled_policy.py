@@ -2,12 +2,12 @@
 
     python -m load_tests.recycled_policy --folder /tmp/recycled-policy
 
-A real store on disk with a budget of 10 % of the working set: every request reads its state, and writes it
-where it was not there. The least-recently-used rival is a list of the states, as many bytes of payload as the
-store held at most, without any cost of its own. Two mixes: equal states; SmolLM2's kinds (blocks of 16
-tokens, pooled vectors, activations), each as dear as its text is long. Popularity stays, or moves on: every
-so many requests the most popular places belong to the next states. Prints a table over seeds, then one JSON
-line with each seed's figures.
+A real store on disk with a budget of a tenth of the working set (`--budget-share`): every request reads its
+state, and writes it where it was not there. The least-recently-used rival is a list of the states, as many
+bytes of payload as the store held at most, without any cost of its own. Two mixes: equal states; SmolLM2's
+kinds (blocks of 16 tokens, pooled vectors, activations), each as dear as its text is long. Popularity stays,
+or moves on: every so many requests the most popular places belong to the next states. Prints a table over
+seeds, then one JSON line with each seed's figures.
 """
 
 from __future__ import annotations
@@ -144,10 +144,17 @@ class LeastRecentlyUsed:
 
 
 def compare(
-    folder: Path, mix: str, states: Sequence[State], skew: float, moves_every: int, seed: int, requests: int
+    folder: Path,
+    mix: str,
+    states: Sequence[State],
+    skew: float,
+    moves_every: int,
+    seed: int,
+    requests: int,
+    budget_share: float = BUDGET_SHARE,
 ) -> tuple[Outcome, Outcome]:
     """The least-recently-used and the store's own policy under one workload."""
-    budget = max(LEAST_BUDGET_BYTES, int(sum(state.num_bytes for state in states) * BUDGET_SHARE))
+    budget = max(LEAST_BUDGET_BYTES, int(sum(state.num_bytes for state in states) * budget_share))
     asked = list(_workload(len(states), skew, moves_every, seed, requests))
     worth = ByWorth(folder, budget)
     rates = {"worth": _rates(worth, states, asked, worth.note_size)}
@@ -212,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="is made, and removed")
     parser.add_argument("--working-set-bytes", type=int, default=700_000_000)
+    parser.add_argument("--budget-share", type=float, default=BUDGET_SHARE, help="of the working set")
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--skews", type=float, nargs="+", default=[0.7, 1.0, 1.3])
@@ -228,7 +236,8 @@ def main() -> None:
             both: list[tuple[Outcome, Outcome]] = []
             for seed in range(options.seeds):
                 states = MIXES[mix](options.working_set_bytes, random.Random(seed))
-                both.append(compare(options.folder, mix, states, skew, moves_every, seed, options.requests))
+                sizes = options.requests, options.budget_share
+                both.append(compare(options.folder, mix, states, skew, moves_every, seed, *sizes))
             for part in zip(*both, strict=True):
                 outcomes += part
                 print(f"{mix:6} {moves_every:5} {skew:4} {part[0].policy:>6}   {_spread(part)}", flush=True)
@@ -236,6 +245,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.processor() or platform.machine(),
         "command": "python -m load_tests.recycled_policy",
+        "budget_share": options.budget_share,
         "requests": options.requests,
         "working_set_bytes": options.working_set_bytes,
         "outcomes": [asdict(outcome) for outcome in outcomes],

@@ -55,9 +55,8 @@ def served_recycled(path: str, store: RecycledStore, engine: Engine) -> ServedRe
         path=path,
         store=store,
         cost=cost,
-        block_form=recycler.block_form.reason,
-        bytes_per_token=recycler.block_form.kv_bytes,
-        staging_bytes=recycler.staging_bytes,
+        forms=recycler.forms,
+        block_tokens=engine.config.block_size,
     )
 
 
@@ -119,7 +118,7 @@ class ModelLoader:
             recycled = None
             if store is not None and memory is not None:
                 recycled = served_recycled(settings.recycled, store, engine)
-                _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.staging_bytes)
+                _reserve_staging(memory, engine.overlay.ring.num_bytes + recycled.forms.staging_bytes)
             engine.start()
             if engine.cache_pages is not None:
                 engine.cache_pages.start()

@@ -7,39 +7,36 @@ for the first use of its KV cache's memory, so each is asked when it has that.
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
+from scone.cache.disk_speed import direct_read_speed
 from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
-from scone.cache.recycled_store import RecycledStore
-from scone.kernels.packed_linear import PackedLinear, WeightKind, Workspace
 from scone.model_store.checkpoint import open_checkpoint
+from scone.server.engine.block_form import FormName
 from scone.server.engine.engine import Engine
-from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.engine_config import EngineConfig, RecycledBlocks
 from scone.server.engine.observer import SilentObserver, StepStats
+from scone.server.paced_store import PacedStore
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
 PREFIX_TOKENS = 1500
 NUM_TOKENS = 8
 """Of each answer that is compared."""
 
-_CONFIG = RecycledConfig(disk_bytes=8 << 30)
-_DIRECT_BYTES = 1 << 20
-_DIRECT_THREADS = 2
-"""How the disk is measured: more threads or larger reads give no more on the machine of the docs."""
+PACED_SPEEDS = (150_000_000, 250_000_000, 500_000_000, 750_000_000, 1_000_000_000)
+"""Bytes per second of slower disks."""
 
+_CONFIG = RecycledConfig(disk_bytes=8 << 30)
 _LENGTHS = (5, 30, 70, 150, 300, 700)
 
 Answer = list[tuple[tuple[int, ...], list[float]]]
@@ -55,6 +52,48 @@ class _Computed(SilentObserver):
         self.num_tokens += stats.num_prefill_tokens + stats.num_decode_tokens
 
 
+class _Runs:
+    """What was measured of one form.
+
+    Attributes:
+        state_bytes: of the prefix.
+        work_seconds: of making keys and values of all its blocks once they were read, in each run.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.num_computed: dict[str, set[int]] = {}
+        self.state_bytes = 0
+        self.work_seconds: list[float] = []
+
+    def note(self, name: str, seconds: float, num_computed: int) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+        self.num_computed.setdefault(name, set()).add(num_computed)
+
+    def result(self, disk_speed: float) -> dict[str, Any]:
+        """As it is printed."""
+        medians = {name: statistics.median(values) for name, values in self.seconds.items()}
+        work_seconds = statistics.median(self.work_seconds)
+        saved_seconds = medians["computed"] - work_seconds
+        return {
+            "prompt_tokens": PREFIX_TOKENS + 1,
+            "state_bytes": self.state_bytes,
+            "seconds_to_first_token": {name: round(value, 4) for name, value in medians.items()},
+            "all_seconds": {name: [round(v, 4) for v in values] for name, values in self.seconds.items()},
+            "tokens_computed": {name: sorted(numbers) for name, numbers in self.num_computed.items()},
+            "times_faster_than_computing": {
+                name: round(medians["computed"] / value, 1) for name, value in medians.items()
+            },
+            "seconds_making_keys_and_values": round(work_seconds, 4),
+            "break_even_bytes_per_second": round(self.state_bytes / saved_seconds),
+            "disk": {
+                "bytes_per_second": round(disk_speed),
+                "least_seconds": round(self.state_bytes / disk_speed, 4),
+                "seconds_beside_a_memory_hit": round(medians["disk"] - medians["memory"], 4),
+            },
+        }
+
+
 class RecycledBenchmark:
     """One model and a folder for its states."""
 
@@ -62,60 +101,67 @@ class RecycledBenchmark:
         """Raises SconeError."""
         self._checkpoint = open_checkpoint(model)
         self._tokenizer = self._checkpoint.tokenizer()
-        self._folder = work / "recycled"
+        self._work = work
 
-    def first_token(self, repeats: int) -> dict[str, Any]:
-        """Seconds to the first token of a prompt with a known prefix, by where the prefix is; medians."""
-        seconds: dict[str, list[float]] = {}
-        num_computed: dict[str, set[int]] = {}
+    @property
+    def forms(self) -> tuple[FormName, ...]:
+        """In which blocks of the model may be kept: hidden states only where they are smaller."""
+        config = self._checkpoint.config
+        is_smaller = config.dim < 2 * config.num_kv_heads * config.head_dim
+        return ("kv", "hidden") if is_smaller else ("kv",)
 
-        def note(name: str, run: tuple[float, int]) -> None:
-            seconds.setdefault(name, []).append(run[0])
-            num_computed.setdefault(name, set()).add(run[1])
+    def choice(self) -> str:
+        """The form that a server would keep them in, and why."""
+        with self._engine(ram_bytes=0) as (engine, _, _):
+            assert engine.recycler is not None
+            return engine.recycler.forms.reason
 
+    def first_token(self, repeats: int) -> dict[FormName, Any]:
+        """Seconds to the first token of a prompt with a known prefix, by form and where it is; medians."""
+        runs = {form: _Runs() for form in self.forms}
         for repeat in range(repeats):
             prompt = self._prompt(repeat, PREFIX_TOKENS + 1)
-            with self._engine(ram_bytes=0) as (engine, store, computed):
-                note("computed", _first_token(engine, computed, prompt))
-                store.flush(60)
-                note("memory", _first_token(engine, computed, prompt))
-            for name in ("disk", "page_cache"):
-                with self._engine(ram_bytes=0) as (engine, _, computed):
-                    if name == "disk":
-                        self._drop_page_cache()
-                    note(name, _first_token(engine, computed, prompt))
-        speeds = [self._disk_bytes_per_second() for _ in range(2 * repeats)]
-        return self._first_token_result(seconds, num_computed, statistics.median(speeds))
-
-    def hidden_form(self) -> dict[str, Any]:
-        """Whether states would do instead of keys and values, were this a multi-head model of its size.
-
-        The least that computing keys and values from states takes: their projections, in all layers. Reading
-        states saves as many bytes as they have, so it pays where these come slower than that.
-        """
-        config = self._checkpoint.config
-        workspace = Workspace(torch.get_num_threads())
-        states = torch.randn(PREFIX_TOKENS, config.dim, generator=torch.Generator().manual_seed(0))
-        weight = torch.randn(2 * config.dim, config.dim, generator=torch.Generator().manual_seed(1))
-        state_bytes = PREFIX_TOKENS * config.dim * config.num_layers * 4
-        kinds: tuple[WeightKind, ...] = ("int4", "int8", "f32")
-        result: dict[str, Any] = {"prompt_tokens": PREFIX_TOKENS, "state_bytes": state_bytes}
-        for kind in kinds:
-            layers = [PackedLinear(weight, kind) for _ in range(config.num_layers)]
-            seconds = []
-            for _ in range(5):
-                began = time.perf_counter()
-                for layer in layers:
-                    layer(workspace, states)
-                seconds.append(time.perf_counter() - began)
-            median = statistics.median(seconds)
-            result[kind] = {
-                "seconds": round(median, 4),
-                "pays_below_bytes_per_second": round(state_bytes / median),
-            }
+            for form, its_runs in runs.items():
+                self._first_tokens(prompt, form, its_runs)
+        result = {}
+        for form, its_runs in runs.items():
+            speeds = [self._disk_bytes_per_second(form) for _ in range(2 * repeats)]
+            result[form] = its_runs.result(statistics.median(speeds))
         return result
 
-    def identity(self, num_prompts: int, backend: Literal["native", "torch"]) -> dict[str, Any]:
+    def _first_tokens(self, prompt: Sequence[int], form: FormName, runs: _Runs) -> None:
+        """One prompt, computed, then with its prefix in each place."""
+        with self._engine(ram_bytes=0, form=form) as (engine, store, computed):
+            runs.note("computed", *_first_token(engine, computed, prompt))
+            store.flush(60)
+            runs.note("memory", *_first_token(engine, computed, prompt))
+        for name in ("disk", "page_cache"):
+            with self._engine(ram_bytes=0, form=form) as (engine, store, computed):
+                if name == "disk":
+                    self._drop_page_cache(form)
+                stats, recycler = store.stats, engine.recycler
+                assert recycler is not None
+                bytes_before, hits_before = stats.bytes_read["blocks", "disk"], stats.hits["blocks", "disk"]
+                runs.note(name, *_first_token(engine, computed, prompt))
+                runs.state_bytes = stats.bytes_read["blocks", "disk"] - bytes_before
+                num_blocks = stats.hits["blocks", "disk"] - hits_before
+                runs.work_seconds.append(recycler.forms.kept[0].work_seconds * num_blocks)
+
+    def paced(self, repeats: int) -> dict[FormName, dict[int, float]]:
+        """Seconds to the first token of `first_token`'s prompts, by the bytes per second of a slower disk."""
+        return {
+            form: {speed: self._paced(form, speed, repeats) for speed in PACED_SPEEDS} for form in self.forms
+        }
+
+    def _paced(self, form: FormName, bytes_per_second: int, repeats: int) -> float:
+        with self._engine(ram_bytes=0, form=form) as (engine, store, computed):
+            store.bytes_per_second = bytes_per_second
+            prompts = [self._prompt(repeat, PREFIX_TOKENS + 1) for repeat in range(repeats)]
+            return round(statistics.median(_first_token(engine, computed, p)[0] for p in prompts), 4)
+
+    def identity(
+        self, num_prompts: int, backend: Literal["native", "torch"], form: FormName = "kv"
+    ) -> dict[str, Any]:
         """Whether answers and log-probabilities are the same cold, in memory and restored, in other batches.
 
         The prompts of all lengths share beginnings; each is answered in one batch and chunking where its
@@ -125,18 +171,19 @@ class RecycledBenchmark:
         wide, narrow = (512, 16), (96, 5)
         with self._engine(0, limits=narrow, backend=backend, recycles=False) as (engine, _, _):
             cold = _answers(engine, prompts)
-        with self._engine(0, limits=wide, backend=backend) as (engine, store, computed):
+        with self._engine(0, limits=wide, backend=backend, form=form) as (engine, store, computed):
             filled = _answers(engine, prompts)
             store.flush(60)
             num_cold = computed.num_tokens
             warm = _answers(engine, prompts)
-        self._drop_page_cache()
-        with self._engine(0, limits=narrow, backend=backend) as (engine, _, computed):
+        self._drop_page_cache(form)
+        with self._engine(0, limits=narrow, backend=backend, form=form) as (engine, _, computed):
             restored = _answers(engine, prompts)
             num_restored = computed.num_tokens
         return {
             "prompts": num_prompts,
             "backend": backend,
+            "form": form,
             "tokens_computed": {"first": num_cold, "restored": num_restored},
             **{
                 name: _difference(cold, other)
@@ -152,7 +199,8 @@ class RecycledBenchmark:
         limits: tuple[int, int] = (512, 32),
         backend: Literal["native", "torch"] = "native",
         recycles: bool = True,
-    ) -> Iterator[tuple[Engine, RecycledStore, _Computed]]:
+        form: RecycledBlocks = "auto",
+    ) -> Iterator[tuple[Engine, PacedStore, _Computed]]:
         """`limits`: tokens and sequences of a step."""
         computed = _Computed()
         config = EngineConfig(
@@ -162,8 +210,9 @@ class RecycledBenchmark:
             enable_prefix_caching=recycles,
             max_num_batched_tokens=limits[0],
             max_num_seqs=limits[1],
+            recycled_blocks=form,
         )
-        with RecycledStore.open(self._folder, _CONFIG, MemoryBudget(ram_bytes)) as store:
+        with PacedStore.open(self._folder(form), _CONFIG, MemoryBudget(ram_bytes)) as store:
             engine = Engine(
                 config,
                 self._checkpoint.decoder(),
@@ -190,57 +239,21 @@ class RecycledBenchmark:
         num_shared = length if not seed else length // 3
         return [*shared[:num_shared].tolist(), *own[num_shared:].tolist()]
 
-    def _drop_page_cache(self) -> None:
-        for path in self._folder.iterdir():
+    def _folder(self, form: RecycledBlocks) -> Path:
+        """Each form has its own, or blocks in the other would be restored."""
+        return self._work / f"recycled-{form}"
+
+    def _drop_page_cache(self, form: FormName) -> None:
+        for path in self._folder(form).iterdir():
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
-    def _disk_bytes_per_second(self) -> float:
+    def _disk_bytes_per_second(self, form: FormName) -> float:
         """Of reads past the page cache, of the store's own files: what the disk gives at most."""
-        self._drop_page_cache()
-        reads = [
-            (path, offset)
-            for path in sorted(self._folder.glob("shard-*.lmdb"))
-            for offset in range(0, path.stat().st_size, _DIRECT_BYTES)
-        ]
-
-        def read(part: list[tuple[Path, int]]) -> int:
-            buffer, num_bytes = mmap.mmap(-1, _DIRECT_BYTES), 0
-            for path, offset in part:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                num_bytes += os.preadv(descriptor, [buffer], offset)
-                os.close(descriptor)
-            return num_bytes
-
-        with ThreadPoolExecutor(_DIRECT_THREADS) as pool:
-            began = time.perf_counter()
-            num_bytes = sum(pool.map(read, [reads[i::_DIRECT_THREADS] for i in range(_DIRECT_THREADS)]))
-            return num_bytes / (time.perf_counter() - began)
-
-    def _first_token_result(
-        self, seconds: dict[str, list[float]], num_computed: dict[str, set[int]], disk_speed: float
-    ) -> dict[str, Any]:
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        num_restored = PREFIX_TOKENS // 16 * 16
-        state_bytes = num_restored * self._checkpoint.config.kv_bytes_per_token
-        return {
-            "prompt_tokens": PREFIX_TOKENS + 1,
-            "state_bytes": state_bytes,
-            "seconds_to_first_token": {name: round(value, 4) for name, value in medians.items()},
-            "all_seconds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
-            "tokens_computed": {name: sorted(numbers) for name, numbers in num_computed.items()},
-            "times_faster_than_computing": {
-                name: round(medians["computed"] / value, 1) for name, value in medians.items()
-            },
-            "break_even_bytes_per_second": round(state_bytes / medians["computed"]),
-            "disk": {
-                "bytes_per_second": round(disk_speed),
-                "least_seconds": round(state_bytes / disk_speed, 4),
-                "seconds_beside_a_memory_hit": round(medians["disk"] - medians["memory"], 4),
-            },
-        }
+        self._drop_page_cache(form)
+        return direct_read_speed(sorted(self._folder(form).glob("shard-*.lmdb")))
 
 
 class _Waiter:

@@ -92,6 +92,13 @@ RECYCLED_SETTINGS = (
         default=_RECYCLED.disk_bytes,
         help="what that folder may take on disk, as in 8GiB",
     ),
+    Setting(
+        name="recycled_blocks",
+        default=_ENGINE.recycled_blocks,
+        choices=("auto", "kv", "hidden"),
+        help="what is kept of a prompt's tokens: kv, keys and values; hidden, the inputs of all layers (with"
+        " multi-head attention half the bytes); auto, what is restored sooner by measured speeds",
+    ),
 )
 
 ENGINE_SETTINGS = (
@@ -292,6 +299,7 @@ def engine_config(settings: Resolved, max_position: int, *, on_cuda: bool) -> En
             backend=settings.backend,
             enforce_eager=settings.enforce_eager,
             deterministic=settings.deterministic,
+            recycled_blocks=settings.recycled_blocks,
         )
     except ValueError as error:
         raise SettingError(str(error)) from None

@@ -10,6 +10,7 @@ from typing import Any
 from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_stats import KINDS, TIERS, Kind
 from scone.cache.recycled_store import RecycledStore
+from scone.server.engine.block_forms import BlockForms
 
 logger = logging.getLogger(__name__)
 
@@ -20,25 +21,27 @@ class ServedRecycled:
 
     Attributes:
         path: the folder.
-        block_form: why blocks are kept in the form they are kept in.
-        bytes_per_token: of a block, by its tokens.
-        staging_bytes: host memory through which blocks go to the KV cache.
+        forms: in which blocks are kept and restored.
+        block_tokens: tokens of each.
     """
 
     path: str
     store: RecycledStore
     cost: RecycleCost
-    block_form: str
-    bytes_per_token: float
-    staging_bytes: int
+    forms: BlockForms
+    block_tokens: int
 
     def view(self) -> Mapping[str, Any]:
         """What it holds, what it may, and what fetching and computing take."""
         tiers = {(u.kind, u.tier): u for u in self.store.usage()}
         stats = self.store.stats
+        kept = self.forms.kept[0]
+        break_even = self.cost.break_even_bytes_per_second(
+            kept.block_bytes / self.block_tokens, kept.work_seconds / self.block_tokens
+        )
         return {
             "path": self.path,
-            "block_form": self.block_form,
+            "block_form": self.forms.reason,
             "kinds": [
                 {
                     "kind": kind,
@@ -58,12 +61,12 @@ class ServedRecycled:
             "memory": {
                 "total_bytes": self.store.memory.total_bytes,
                 "used_bytes": self.store.memory.used_by_party(),
-                "staging_bytes": self.staging_bytes,
+                "staging_bytes": self.forms.staging_bytes,
             },
             "disk": {"total_bytes": self.store.disk_bytes, "used_bytes": self.store.file_bytes},
             "cost": {
                 "compute_tokens_per_second": 1 / self.cost.compute_seconds(1),
-                "break_even_bytes_per_second": self.cost.break_even_bytes_per_second(self.bytes_per_token),
+                "break_even_bytes_per_second": break_even,
                 "read_bytes_per_second": {
                     tier: speed.bytes_per_second for tier, speed in self.store.read_speeds.items()
                 },

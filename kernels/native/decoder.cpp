@@ -30,6 +30,7 @@ using Vector = Array<const float, nb::ndim<1>>;
 using Matrix = Array<const float, nb::ndim<2>>;
 using MutableMatrix = Array<float, nb::ndim<2>>;
 using Cache = Array<float, nb::ndim<5>>;
+using States = Array<float, nb::ndim<4>>;
 using Indices = Array<const int32_t, nb::ndim<1>>;
 using Tables = Array<const int32_t, nb::ndim<2>>;
 using MutableVector = Array<float, nb::ndim<1>>;
@@ -103,10 +104,12 @@ public:
 
     // hidden (num_tokens, dim): states before layer first_layer in (embeddings, where that is 0), states after
     // the first num_layers out; after all, normalised. With num_wanted (num_seqs,), only those of so many last
-    // tokens of each sequence: of the others the last layer computes no more than keys and values.
+    // tokens of each sequence: of the others the last layer computes no more than keys and values. With states and
+    // state_rows (num_tokens,) = slot * block_size + place, or -1, the inputs of the layers of such tokens are kept.
     void forward(MutableMatrix hidden, Indices positions, Indices query_starts, Indices context_lens,
                  Tables block_tables, std::optional<Indices> num_wanted, Cache k_cache, Cache v_cache,
-                 size_t first_layer, size_t num_layers) {
+                 size_t first_layer, size_t num_layers, std::optional<States> states,
+                 std::optional<Indices> state_rows) {
         want(num_layers <= layers_.size(), "num_layers is more than the decoder has");
         want(first_layer <= num_layers, "first_layer is more than num_layers");
         Step step;
@@ -117,11 +120,18 @@ public:
         step.positions = positions.data();
         step.block_tables = block_tables.data();
         step.table_width = int(block_tables.shape(1));
-        step.cache_layer = k_cache.shape(1) * k_cache.shape(2) * k_cache.shape(3) * k_cache.shape(4);
-        step.block_size = int(k_cache.shape(3));
-        step.keys = k_cache.data();
-        step.values = v_cache.data();
+        step.cache = {k_cache, v_cache};
         check(step, hidden, positions, query_starts, context_lens, block_tables, k_cache, v_cache);
+        want(states.has_value() == state_rows.has_value(), "states and state_rows belong together");
+        if (states) {
+            check_states(*states, step.cache);
+            want(int(state_rows->size()) == step.rows, "state_rows is not (num_tokens,)");
+            for (int r = 0; r < step.rows; ++r)
+                want(state_rows->data()[r] >= -1 && state_rows->data()[r] < int(states->shape(0)) * step.cache.block_size,
+                     "a state row is out of range");
+            step.states = states->data();
+            step.state_rows = state_rows->data();
+        }
         want(!num_wanted || num_wanted->size() == context_lens.size(), "num_wanted is not (num_seqs,)");
         tiles_.clear();
         wanted_.clear();
@@ -140,13 +150,90 @@ public:
         space_.team.run([&](int thread) { run(step, thread); });
     }
 
+    // Keys and values of whole blocks as forward computed them, from what it kept: states (num_slots, num_layers,
+    // block_size, dim), of which those in slots (n,) belong into blocks block_ids (n,), the first token of each at
+    // position first_positions (n,).
+    void restore(States states, Indices slots, Indices block_ids, Indices first_positions, Cache k_cache,
+                 Cache v_cache) {
+        const CacheBlocks cache{k_cache, v_cache};
+        check_caches(k_cache, v_cache);
+        check_states(states, cache);
+        const size_t n = slots.size();
+        want(block_ids.size() == n && first_positions.size() == n,
+             "slots, block_ids and first_positions are not of one length");
+        for (size_t i = 0; i < n; ++i) {
+            want(slots.data()[i] >= 0 && size_t(slots.data()[i]) < states.shape(0), "a slot is out of range");
+            want(block_ids.data()[i] >= 0 && size_t(block_ids.data()[i]) < k_cache.shape(1),
+                 "a block id is out of range");
+            want(first_positions.data()[i] >= 0 && first_positions.data()[i] + cache.block_size <= max_positions_,
+                 "a block lies past the last position");
+        }
+        const int rows = int(n) * cache.block_size;
+        const size_t kv_dim = size_t(shape_.num_kv_heads) * shape_.head_dim;
+        Workspace::grow(normed_, normed_size_, size_t(rows) * shape_.dim);
+        Workspace::grow(k_, k_size_, rows * kv_dim);
+        Workspace::grow(v_, v_size_, rows * kv_dim);
+        prepared_ = space_.prepared(rows, shape_.dim);
+        const float* inputs = states.data();
+        nb::gil_scoped_release release;
+        space_.team.run([&](int) {
+            for (size_t i = 0; i < layers_.size(); ++i) {
+                const Layer& layer = layers_[i];
+                prepare_normed(rows, layer.attention_norm, layer.k->weights().inputs, [&](int r) {
+                    const size_t row = size_t(slots.data()[r / cache.block_size]) * cache.block_size + r % cache.block_size;
+                    return inputs + state_offset(row, i, cache.block_size);
+                });
+                multiply(space_, prepared_, rows, {{layer.k, k_.get()}, {layer.v, v_.get()}});
+                space_.team.share(rows, kStrip, [&](int begin, int end) {
+                    for (int r = begin; r < end; ++r) {
+                        const int block = r / cache.block_size, place = r % cache.block_size;
+                        store(cache, layer, i, r, first_positions.data()[block] + place, block_ids.data()[block]);
+                    }
+                });
+                space_.team.barrier();
+            }
+        });
+    }
+
 private:
-    struct Step : Queries {
-        int rows, block_size;
-        float* hidden;
-        size_t cache_layer, first_layer, num_layers;
-        float *keys, *values;
+    // Keys and values of all layers.
+    struct CacheBlocks {
+        float *keys = nullptr, *values = nullptr;
+        size_t layer = 0;  // floats of one
+        int block_size = 0;
+
+        CacheBlocks() = default;
+        CacheBlocks(const Cache& k, const Cache& v)
+            : keys(k.data()), values(v.data()), layer(k.shape(1) * k.shape(2) * k.shape(3) * k.shape(4)),
+              block_size(int(k.shape(3))) {}
     };
+
+    struct Step : Queries {
+        int rows;
+        float* hidden;
+        size_t first_layer, num_layers;
+        CacheBlocks cache;
+        float* states = nullptr;
+        const int32_t* state_rows = nullptr;
+    };
+
+    void check_caches(const Cache& k_cache, const Cache& v_cache) const {
+        want(k_cache.shape(0) == layers_.size() && int(k_cache.shape(2)) == shape_.num_kv_heads &&
+                 int(k_cache.shape(4)) == shape_.head_dim && k_cache.size() == v_cache.size(),
+             "the caches are not (num_layers, num_blocks, num_kv_heads, block_size, head_dim)");
+    }
+
+    void check_states(const States& states, const CacheBlocks& cache) const {
+        want(states.shape(1) == layers_.size() && int(states.shape(2)) == cache.block_size &&
+                 int(states.shape(3)) == shape_.dim,
+             "states are not (num_slots, num_layers, block_size, dim)");
+    }
+
+    // Where among states the input of a layer lies, of row slot * block_size + place.
+    size_t state_offset(size_t row, size_t layer, int block_size) const {
+        const size_t slot = row / block_size, place = row % block_size;
+        return ((slot * layers_.size() + layer) * block_size + place) * shape_.dim;
+    }
 
     void check(const Step& step, const MutableMatrix& hidden, const Indices& positions, const Indices& starts,
                const Indices& contexts, const Tables& tables, const Cache& k_cache, const Cache& v_cache) const {
@@ -156,14 +243,12 @@ private:
         want(int(hidden.shape(1)) == shape_.dim, "hidden is not (num_tokens, dim)");
         want(int(positions.size()) == step.rows && starts.data()[0] == 0 && starts.data()[num_seqs] == step.rows,
              "positions or query_starts do not fit the number of tokens");
-        want(k_cache.shape(0) == layers_.size() && int(k_cache.shape(2)) == shape_.num_kv_heads &&
-                 int(k_cache.shape(4)) == shape_.head_dim && k_cache.size() == v_cache.size(),
-             "the caches are not (num_layers, num_blocks, num_kv_heads, block_size, head_dim)");
+        check_caches(k_cache, v_cache);
         for (size_t s = 0; s < num_seqs; ++s) {
             const int context = contexts.data()[s], count = starts.data()[s + 1] - starts.data()[s];
             want(count > 0 && count <= context && context <= max_positions_,
                  "a sequence has more queries than tokens, or more tokens than positions");
-            const int blocks = (context + step.block_size - 1) / step.block_size;
+            const int blocks = (context + step.cache.block_size - 1) / step.cache.block_size;
             want(blocks <= step.table_width, "a context is longer than its block table");
             for (int b = 0; b < blocks; ++b) {
                 const int block = tables.data()[s * step.table_width + b];
@@ -189,46 +274,63 @@ private:
         for (const std::vector<TokenTile>* tiles : {&std::as_const(tiles_), &wanted_.tiles()}) {
             Queries some = step;
             some.tiles = tiles;
-            attention_.reserve(some, step.block_size);
+            attention_.reserve(some, step.cache.block_size);
         }
         prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
     }
 
-    // Rows of the hidden state, normed, as inputs of maps of one kind.
-    void prepare_normed(const Step& step, const std::vector<float>& weight, InputKind kind) {
-        space_.prepare(kind, normed_.get(), step.rows, shape_.dim, prepared_, [&](int first, int count) {
+    // Rows, normed, as inputs of maps of one kind; row(r) is where the r-th lies.
+    template <class Row>
+    void prepare_normed(int rows, const std::vector<float>& weight, InputKind kind, const Row& row) {
+        space_.prepare(kind, normed_.get(), rows, shape_.dim, prepared_, [&](int first, int count) {
             for (int r = first; r < first + count; ++r)
-                space_.kernels->rms_norm(step.hidden + size_t(r) * shape_.dim, weight.data(), shape_.norm_eps,
-                                         shape_.dim, normed_.get() + size_t(r) * shape_.dim);
+                space_.kernels->rms_norm(row(r), weight.data(), shape_.norm_eps, shape_.dim,
+                                         normed_.get() + size_t(r) * shape_.dim);
         });
     }
 
-    void rotate_and_store(const Step& step, const Layer& layer, size_t cache_offset) {
+    const float* hidden_row(const Step& step, int r) const { return step.hidden + size_t(r) * shape_.dim; }
+
+    // The input of a layer, kept if it is asked for.
+    const float* layer_input(const Step& step, size_t layer, int r) const {
+        const float* hidden = hidden_row(step, r);
+        if (step.states != nullptr && step.state_rows[r] >= 0)
+            std::copy_n(hidden, shape_.dim, step.states + state_offset(step.state_rows[r], layer, step.cache.block_size));
+        return hidden;
+    }
+
+    // One head, normed if the model does that, and rotated.
+    void turn(float* head, const std::vector<float>& norm, int position) const {
+        const size_t at = size_t(position) * (shape_.head_dim / 2);
+        if (!norm.empty()) space_.kernels->rms_norm(head, norm.data(), shape_.norm_eps, shape_.head_dim, head);
+        space_.kernels->rotate(head, cos_.data() + at, sin_.data() + at, shape_.head_dim);
+    }
+
+    // Row r of keys, rotated, and of values to its place in the cache.
+    void store(const CacheBlocks& cache, const Layer& layer, size_t layer_id, int r, int position, size_t block) {
         const Shape& s = shape_;
-        const size_t run = size_t(step.block_size) * s.head_dim;
+        const size_t run = size_t(cache.block_size) * s.head_dim;
+        for (int h = 0; h < s.num_kv_heads; ++h) {
+            const size_t head = (size_t(r) * s.num_kv_heads + h) * s.head_dim;
+            turn(k_.get() + head, layer.k_norm, position);
+            const size_t offset = layer_id * cache.layer + (block * s.num_kv_heads + h) * run;
+            const size_t place = position % cache.block_size;
+            float* keys = cache.keys + offset + place;
+            for (int d = 0; d < s.head_dim; ++d) keys[size_t(d) * cache.block_size] = k_[head + d];
+            std::copy_n(v_.get() + head, s.head_dim, cache.values + offset + place * s.head_dim);
+        }
+    }
+
+    void rotate_and_store(const Step& step, const Layer& layer, size_t layer_id) {
+        const Shape& s = shape_;
         space_.team.share(int(step.tiles->size()), 1, [&](int item, int) {
             const TokenTile& tile = (*step.tiles)[item];
+            const int32_t* table = step.block_tables + size_t(tile.sequence) * step.table_width;
             for (int r = tile.first_row; r < tile.first_row + tile.num_rows; ++r) {
                 const int position = step.positions[r];
-                const float* cos = cos_.data() + size_t(position) * (s.head_dim / 2);
-                const float* sin = sin_.data() + size_t(position) * (s.head_dim / 2);
-                const auto turn = [&](float* head, const std::vector<float>& norm) {
-                    if (!norm.empty()) space_.kernels->rms_norm(head, norm.data(), s.norm_eps, s.head_dim, head);
-                    space_.kernels->rotate(head, cos, sin, s.head_dim);
-                };
                 for (int h = 0; h < s.num_heads; ++h)
-                    turn(q_.get() + (size_t(r) * s.num_heads + h) * s.head_dim, layer.q_norm);
-                const int32_t* table = step.block_tables + size_t(tile.sequence) * step.table_width;
-                const size_t block = table[position / step.block_size];
-                for (int h = 0; h < s.num_kv_heads; ++h) {
-                    const size_t head = (size_t(r) * s.num_kv_heads + h) * s.head_dim;
-                    turn(k_.get() + head, layer.k_norm);
-                    const size_t offset = cache_offset + (block * s.num_kv_heads + h) * run;
-                    const size_t place = position % step.block_size;
-                    float* keys = step.keys + offset + place;
-                    for (int d = 0; d < s.head_dim; ++d) keys[size_t(d) * step.block_size] = k_[head + d];
-                    std::copy_n(v_.get() + head, s.head_dim, step.values + offset + place * s.head_dim);
-                }
+                    turn(q_.get() + (size_t(r) * s.num_heads + h) * s.head_dim, layer.q_norm, position);
+                store(step.cache, layer, layer_id, r, position, table[position / step.cache.block_size]);
             }
         });
         space_.team.barrier();
@@ -255,16 +357,18 @@ private:
         const int width = shape_.num_heads * shape_.head_dim, ffn_dim = shape_.ffn_dim;
         for (size_t i = step.first_layer; i < step.num_layers; ++i) {
             const Layer& layer = layers_[i];
-            prepare_normed(step, layer.attention_norm, kind(layer.q));
+            prepare_normed(step.rows, layer.attention_norm, kind(layer.q),
+                           [&](int r) { return layer_input(step, i, r); });
             multiply(space_, prepared_, step.rows, {{layer.q, q_.get()}, {layer.k, k_.get()}, {layer.v, v_.get()}});
-            rotate_and_store(step, layer, i * step.cache_layer);
+            rotate_and_store(step, layer, i);
             if (i + 1 == step.num_layers && wanted_.size() < step.rows) step = narrowed(step, thread);
-            const CacheView cache{step.keys + i * step.cache_layer, step.values + i * step.cache_layer,
-                                  shape_.num_kv_heads, step.block_size, shape_.head_dim};
+            const size_t offset = i * step.cache.layer;
+            const CacheView cache{step.cache.keys + offset, step.cache.values + offset, shape_.num_kv_heads,
+                                  step.cache.block_size, shape_.head_dim};
             attention_.attend(step, q_.get(), attended_.get(), cache, thread);
             space_.prepare(kind(layer.o), attended_.get(), step.rows, width, prepared_, as_it_is);
             multiply(space_, prepared_, step.rows, {{layer.o, step.hidden, true}});
-            prepare_normed(step, layer.ffn_norm, kind(layer.gate));
+            prepare_normed(step.rows, layer.ffn_norm, kind(layer.gate), [&](int r) { return hidden_row(step, r); });
             multiply(space_, prepared_, step.rows, {{layer.gate, gate_.get()}, {layer.up, up_.get()}});
             space_.prepare(kind(layer.down), gate_.get(), step.rows, ffn_dim, prepared_, [&](int first, int count) {
                 float* gate = gate_.get() + size_t(first) * ffn_dim;
@@ -369,7 +473,10 @@ void register_decoder(nb::module_& m) {
              nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("maps"))
         .def("forward", &NativeDecoder::forward, nb::arg("hidden"), nb::arg("positions"), nb::arg("query_starts"),
              nb::arg("context_lens"), nb::arg("block_tables"), nb::arg("num_wanted").none(), nb::arg("k_cache"),
-             nb::arg("v_cache"), nb::arg("first_layer"), nb::arg("num_layers"));
+             nb::arg("v_cache"), nb::arg("first_layer"), nb::arg("num_layers"), nb::arg("states").none(),
+             nb::arg("state_rows").none())
+        .def("restore", &NativeDecoder::restore, nb::arg("states"), nb::arg("slots"), nb::arg("block_ids"),
+             nb::arg("first_positions"), nb::arg("k_cache"), nb::arg("v_cache"));
 }
 
 }  // namespace scone

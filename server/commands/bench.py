@@ -144,9 +144,10 @@ def _recycled(settings: Resolved) -> dict[str, Any]:
     with _work_folder(settings) as work:
         benchmark = RecycledBenchmark(settings.model, work)
         result["first_token"] = benchmark.first_token(settings.repeats)
-        result["hidden_form"] = benchmark.hidden_form()
+        result["seconds_to_first_token_from_slower_disks"] = benchmark.paced(settings.repeats)
+        result["choice"] = benchmark.choice()
         result["identity"] = [
-            benchmark.identity(settings.prompts, "native"),
+            *(benchmark.identity(settings.prompts, "native", form) for form in benchmark.forms),
             benchmark.identity(max(2, settings.prompts // 10), "torch"),
         ]
     return result

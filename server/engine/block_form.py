@@ -1,50 +1,87 @@
-"""In which form the state of a block of tokens is kept: its keys and values, or the inputs of its layers.
+"""In which form the state of a block of tokens is kept, and what a form has to do.
 
-Keys and values can be computed anew from each layer's hidden states by two projections (HCache, arXiv
-2410.05004), a fraction of a forward pass. They are smaller where a token's 2 e values of keys and values in a
-layer (e = num_kv_heads * head_dim) are more than its d of hidden state: with multi-head attention, not with
-grouped queries. But the two projections have 2 d e multiplications for 4 (2 e - d) bytes less to read, and a
-processor that multiplies a token's in the time in which a disk gives those bytes is an accelerator: on a CPU
-it does not pay (docs/recycled.md, `scone bench recycled`), so the form is not built.
+Keys and values can be computed anew from the inputs of the layers by two projections each (HCache, arXiv
+2410.05004), a fraction of a forward pass. Each form names its blocks apart from those of others, so that
+blocks of several forms lie side by side in a store, and a chain of blocks may be a mixture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
-from scone.model_store.model_config import ModelConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from scone.server.engine import scheduler
+
+FormName = Literal["kv", "hidden"]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockForm:
-    """The choice for one model.
+class Landing(Protocol):
+    """Where the bytes of one block are read to. All but writing to `out` is the engine thread's.
 
     Attributes:
-        kv_bytes, hidden_bytes: of one token in all layers, in either form.
+        out: (rows, row_bytes) uint8, each row contiguous: the block's bytes go here, on whatever thread.
     """
 
-    kv_bytes: int
-    hidden_bytes: int
+    out: NDArray[np.uint8]
 
-    @classmethod
-    def of(cls, config: ModelConfig, value_bytes: int) -> BlockForm:
-        """For values of `value_bytes` each."""
-        kv_dim = config.num_kv_heads * config.head_dim
-        per_layer = value_bytes * config.num_layers
-        return cls(kv_bytes=2 * kv_dim * per_layer, hidden_bytes=config.dim * per_layer)
+    def release(self) -> None:
+        """Nothing is written to `out` any more; to be called once, after the form's `lay` if at all."""
+
+
+class Held(Protocol):
+    """The state of one block, which nobody changes before `release`."""
+
+    def payload(self) -> NDArray[np.uint8]:
+        """Its bytes, on the writer's thread. Raises ValueError: they hold values that are not finite."""
+
+    def release(self) -> None:
+        """On the engine's thread, once."""
+
+
+class BlockForm(Protocol):
+    """One form, for one engine; for its thread.
+
+    Attributes:
+        block_bytes: of one block.
+        work_seconds: what it takes to make keys and values of one block that was read, as measured.
+        laid_beside_others, laying_share: what sequences that run may be delayed by between two steps: so
+            many blocks, or this share of a step.
+    """
+
+    name: FormName
+    block_bytes: int
+    work_seconds: float
+    laid_beside_others: int
+    laying_share: float
 
     @property
-    def chosen(self) -> str:
-        """Always `kv`; see `reason`."""
-        return "kv"
+    def staging_bytes(self) -> int:
+        """Host memory beside the KV cache."""
 
     @property
-    def reason(self) -> str:
-        """The arithmetic, in a sentence."""
-        sizes = f"a token takes {self.kv_bytes:,} bytes as keys and values, {self.hidden_bytes:,} as states"
-        if self.hidden_bytes >= self.kv_bytes:
-            return f"{sizes}: keys and values are kept"
-        return (
-            f"{sizes}, but to compute keys and values from states takes longer than to read the difference: "
-            "keys and values are kept"
-        )
+    def num_landings(self) -> int:
+        """Those in use."""
+
+    def key(self, block_hash: bytes) -> bytes:
+        """What the block with this hash is stored under in this form."""
+
+    def reserve(self, block_id: int, first_position: int) -> Landing | None:
+        """A place for what is to become block `block_id`, whose first token is at `first_position`.
+
+        None: too many are under way; come back later.
+        """
+
+    def lay(self, landings: Sequence[Landing]) -> None:
+        """Fills their blocks of the KV cache from what was read."""
+
+    def expect(self, seq: scheduler.Sequence, begin: int, end: int) -> None:
+        """The next step computes (parts of) blocks [begin, end) of a sequence, which are to be held then."""
+
+    def hold(self, seq: scheduler.Sequence, block: int) -> Held | None:
+        """The state of a sequence's block that is computed; None: it is not to be had in this form."""
+
+    def forget(self, seq: scheduler.Sequence, end: int | None = None) -> None:
+        """No more of the sequence's expected blocks (those before `end`) will be held."""

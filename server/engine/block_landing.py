@@ -1,4 +1,4 @@
-"""Where the bytes of a block are read to, and how they get from there into the KV cache.
+"""Where keys and values of a block are read to, and how they get from there into the KV cache.
 
 On a CPU they are read into the cache itself; on other devices into a slot of a staging ring, from which the
 device copies them. Knows nothing of who reads.
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scone.cache.device import CpuDevice, Device
 from scone.cache.staging_ring import Slot, StagingRing
+from scone.server.engine.block_form import Landing
 from scone.server.engine.kv_blocks import BlockPool
 from scone.server.engine.model_runner import BlockMemory
 
@@ -27,20 +28,11 @@ MOST_HELD = 0.25
 """Share of the KV cache that may be held for reads into it."""
 
 
-class Landing(Protocol):
-    """Of one block. All but writing to `out` is the engine thread's.
-
-    Attributes:
-        out: (rows, row_bytes) uint8, each row contiguous: the block's bytes go here, on whatever thread.
-    """
-
-    out: NDArray[np.uint8]
+class KvLanding(Landing, Protocol):
+    """Of one block."""
 
     def lay(self) -> None:
         """Puts what is in `out` in its place in the KV cache."""
-
-    def release(self) -> None:
-        """Nothing is written to `out` any more; to be called once, after `lay` if at all."""
 
 
 class Landings(Protocol):
@@ -53,7 +45,7 @@ class Landings(Protocol):
     @property
     def num_in_use(self) -> int: ...
 
-    def reserve(self, block_id: int) -> Landing | None:
+    def reserve(self, block_id: int) -> KvLanding | None:
         """A place for a block that nobody reads; None if too many are under way: come back later."""
 
 

@@ -1,7 +1,7 @@
 """Blocks of the KV cache that are fetched from a store instead of computed.
 
-Worker threads read blocks, some at a time, to where they land (block_landing.py); between two steps the
-engine's thread lays what has come into the KV cache. No step waits for a read: a sequence whose blocks are
+Worker threads read blocks, some at a time, to where their form has them land; between two steps the engine's
+thread lays what has come into the KV cache. No step waits for a read: a sequence whose blocks are
 under way is RESTORING to the scheduler. A block that cannot be read, or does not come in time, ends its
 sequence's restore there: the rest is computed.
 """
@@ -18,21 +18,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from scone.cache.device import Device
 from scone.cache.recycled_store import RecycledStore
 from scone.server.engine import scheduler
-from scone.server.engine.block_landing import Landing, open_landings
-from scone.server.engine.model_runner import BlockMemory
+from scone.server.engine.block_form import BlockForm, Landing
 from scone.server.engine.scheduler import SchedulerState
 
 NUM_WORKERS = 2
 
 READ_TOGETHER_BYTES = 4 << 20
 """What a worker asks the disk for at a time. While it copies its own, the other worker's are under way."""
-
-LAID_BESIDE_OTHERS = 8
-LAYING_SHARE = 0.05
-"""What others may be delayed by: so many blocks (less than a millisecond), or this share of their step."""
 
 Post = Callable[[Callable[[], None]], None]
 """Has something run on the engine's thread, soon; may be called from any thread."""
@@ -43,6 +37,7 @@ class _Restore:
     """One sequence's blocks from number `first` on, on their way.
 
     Attributes:
+        forms: of each block.
         num_wanted: blocks to fetch; cut back to those before the first one that cannot be had.
         num_asked: reads issued.
         laid: which are in the KV cache, counted from `first`.
@@ -52,6 +47,7 @@ class _Restore:
 
     seq: scheduler.Sequence
     first: int
+    forms: Sequence[BlockForm]
     num_wanted: int
     began: float
     patience: float
@@ -70,6 +66,7 @@ class _Read:
 
     restore: _Restore
     index: int
+    form: BlockForm
     landing: Landing
     key: bytes
     ids: NDArray[np.int32]
@@ -82,8 +79,6 @@ class BlockRestorer:
     def __init__(
         self,
         store: RecycledStore,
-        memory: BlockMemory,
-        device: Device,
         state: SchedulerState,
         post: Post,
         on_restored: Callable[[scheduler.Sequence, int, float, bool], None],
@@ -91,8 +86,6 @@ class BlockRestorer:
         """`on_restored` is told of each restore that ends: sequence, blocks, seconds, whether in time."""
         self._store, self._state = store, state
         self._post, self._on_restored = post, on_restored
-        self.landings = open_landings(memory, device, state.pool)
-        self._num_together = max(1, READ_TOGETHER_BYTES // memory.block_bytes)
         self._readers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="scone-blocks")
         self._restores: dict[scheduler.Sequence, _Restore] = {}
         self._arrived: deque[_Read] = deque()
@@ -108,11 +101,12 @@ class BlockRestorer:
         """Whether reads are under way, for whomever."""
         return bool(self._restores) or self._num_reading > 0
 
-    def begin(self, seq: scheduler.Sequence, patience_seconds: float) -> None:
-        """Fetches the blocks that a restoring sequence waits for."""
-        now = time.monotonic()
+    def begin(self, seq: scheduler.Sequence, forms: Sequence[BlockForm], patience_seconds: float) -> None:
+        """Fetches the blocks that a restoring sequence waits for, each in its form."""
         first = seq.num_computed_tokens // self._state.pool.block_size
-        self._restores[seq] = _Restore(seq, first, len(seq.block_ids) - first, now, patience_seconds)
+        assert len(forms) == len(seq.block_ids) - first
+        now = time.monotonic()
+        self._restores[seq] = _Restore(seq, first, forms, len(forms), now, patience_seconds)
         self._ask()
 
     def cancel(self, seq: scheduler.Sequence) -> None:
@@ -132,11 +126,14 @@ class BlockRestorer:
         some_run = len(self._state.running) > len(self._restores)
         began, num_laid = time.monotonic(), 0
         while self._arrived:
-            is_late = time.monotonic() - began > LAYING_SHARE * step_seconds
-            if some_run and is_late and num_laid >= LAID_BESIDE_OTHERS:
+            form = self._arrived[0].form
+            spare = form.laying_share * step_seconds - (time.monotonic() - began)
+            most = len(self._arrived)
+            if some_run:
+                most = min(most, max(form.laid_beside_others - num_laid, _num_laid_in(form, spare)))
+            if most <= 0:
                 break
-            self._lay(self._arrived.popleft())
-            num_laid += 1
+            num_laid += self._lay(form, most)
         now = time.monotonic()
         for restore in list(self._restores.values()):
             num_laid = restore.num_laid()
@@ -160,13 +157,18 @@ class BlockRestorer:
     def _next_reads(self, restore: _Restore) -> list[_Read]:
         """The restore's next blocks, as many as are to be read together and have room."""
         seq, size, reads = restore.seq, self._state.pool.block_size, list[_Read]()
-        while restore.num_asked < restore.num_wanted and len(reads) < self._num_together:
-            block = restore.first + restore.num_asked
-            landing = self.landings.reserve(seq.block_ids[block])
+        num_bytes = 0
+        while restore.num_asked < restore.num_wanted:
+            block, form = restore.first + restore.num_asked, restore.forms[restore.num_asked]
+            num_bytes += form.block_bytes
+            if reads and num_bytes > READ_TOGETHER_BYTES:
+                break
+            landing = form.reserve(seq.block_ids[block], block * size)
             if landing is None:
                 break
             ids = np.array(seq.token_ids[block * size : (block + 1) * size], np.int32)
-            reads.append(_Read(restore, restore.num_asked, landing, seq.block_hashes[block], ids))
+            key = form.key(seq.block_hashes[block])
+            reads.append(_Read(restore, restore.num_asked, form, landing, key, ids))
             restore.num_asked += 1
         return reads
 
@@ -199,12 +201,24 @@ class BlockRestorer:
             else:
                 read.landing.release()
 
-    def _lay(self, read: _Read) -> None:
-        """Puts a block that has come in its place in the KV cache."""
-        restore = read.restore
+    def _lay(self, form: BlockForm, most: int) -> int:
+        """Puts blocks of this form that have come first in their places in the KV cache; how many."""
+        reads: list[_Read] = []
+        while self._arrived and self._arrived[0].form is form and len(reads) < most:
+            reads.append(self._arrived.popleft())
+        wanted = [r for r in reads if not r.restore.is_over and r.index < r.restore.num_wanted]
         try:
-            if not restore.is_over and read.index < restore.num_wanted:
-                read.landing.lay()
-                restore.laid.add(read.index)
+            form.lay([read.landing for read in wanted])
+            for read in wanted:
+                read.restore.laid.add(read.index)
         finally:
-            read.landing.release()
+            for read in reads:
+                read.landing.release()
+        return len(reads)
+
+
+def _num_laid_in(form: BlockForm, seconds: float) -> int:
+    """How many blocks of the form that time is enough for, one by one where it is not known."""
+    if seconds <= 0:
+        return 0
+    return int(seconds / form.work_seconds) if form.work_seconds else 1

@@ -99,8 +99,7 @@ class Engine:
         if recycled is not None:
             assert isinstance(runner, ModelRunner)
             cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
-            self._core.recycle(recycled, cost, runner, runner.num_layers, self._post)
-            logger.info("recycled states: %s", runner.block_form.reason)
+            self._core.recycle(recycled, cost, runner, self._post)
         self._after_deliveries: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         # All below is guarded by _changed.

@@ -7,6 +7,7 @@ from typing import Literal
 
 Quantization = Literal["auto", "none", "bfloat16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch"]
+RecycledBlocks = Literal["auto", "kv", "hidden"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,8 @@ class EngineConfig:
         enforce_eager: CUDA launches the kernels of each step one by one, where it would run a graph of them.
         deterministic: refuse to start unless the same request gives the same tokens and
             log-probabilities alone, in any batch, and with a cold or warm prefix cache (docs/engine.md).
+        recycled_blocks: form in which blocks are kept in a store (block_forms.py); `auto` is keys and values,
+            or hidden states where these are smaller and restored sooner.
         num_threads: threads of the native kernels; 0 takes torch's number.
     """
 
@@ -47,6 +50,7 @@ class EngineConfig:
     backend: Backend = "auto"
     enforce_eager: bool = False
     deterministic: bool = False
+    recycled_blocks: RecycledBlocks = "auto"
     num_threads: int = 0
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from scone.cache.recycled_store import RecycledStore
 from scone.cache.state_identity import StateIdentity
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
+from scone.server.engine.block_forms import open_forms
 from scone.server.engine.block_restorer import Post
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.generation import Generation, RequestRun
@@ -29,7 +30,7 @@ from scone.server.engine.head import sample_tokens, score_prompt
 from scone.server.engine.input_rows import InputRows
 from scone.server.engine.input_stage import InputStage
 from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.model_runner import BlockMemory, Runner
+from scone.server.engine.model_runner import RecycledMemory, Runner
 from scone.server.engine.observer import EngineObserver, step_stats
 from scone.server.engine.open_sequences import OpenSequences
 from scone.server.engine.pooling import Pooler
@@ -85,20 +86,27 @@ class EngineCore:
         """How states are fetched and kept; None: they are not."""
         return self._sequences.recycler
 
-    def recycle(
-        self, store: RecycledStore, cost: RecycleCost, memory: BlockMemory, num_layers: int, post: Post
-    ) -> None:
+    def recycle(self, store: RecycledStore, cost: RecycleCost, memory: RecycledMemory, post: Post) -> None:
         """Fetches from `store` what it holds instead of computing it; to be called before the first request.
 
-        `memory` is the runner's KV cache; `post` has something run between two steps, from any thread.
+        `memory` is the runner; `post` has something run between two steps, from any thread. Raises
+        SettingError.
         """
+        forms = open_forms(
+            self.config.recycled_blocks,
+            memory,
+            self.overlay.device,
+            self.state.pool,
+            store.measure_disk,
+        )
+        logger.info("recycled states: %s", forms.reason)
         self._sequences.recycler = Recycler(
             store,
             cost,
-            memory,
-            self.overlay.device,
+            forms,
             self.state,
-            num_layers,
+            memory.num_layers,
+            memory.dtype,
             post,
             lambda: self.observer,
             self._recall,
@@ -200,6 +208,8 @@ class EngineCore:
         if not chunks:
             return
         generations = [self._sequences.by_seq[chunk.seq] for chunk in chunks]
+        if self.recycler is not None:
+            self.recycler.expect(generations, chunks)
         hidden = self._runner.forward_each(chunks, embeddings, [g.run.layers for g in generations])
         sampling: list[tuple[Generation, int]] = []
         end = 0
@@ -335,4 +345,5 @@ class EngineCore:
             self._sequences.finish(generation, found.result.delta(generation.usage()))
         elif found.states is not None:
             run.first_layer, run.states = found.layer, found.states
+            generation.seq.root_hash = b""  # its blocks will lack the lower layers' keys and values
             self._sequences.waits.note(generation)

@@ -21,7 +21,6 @@ from scone.kernels.extension import native
 from scone.kernels.packed_linear import Workspace
 from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
-from scone.server.engine.block_form import BlockForm
 from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
@@ -87,10 +86,29 @@ class BlockMemory(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
-    def block_form(self) -> BlockForm: ...
-    @property
     def block_bytes(self) -> int: ...
     def block(self, block_id: int) -> Tensor: ...
+
+
+class StateMemory(Protocol):
+    """What goes into the layers, block by block, and the way back to keys and values; see `ModelRunner`."""
+
+    @property
+    def state_bytes(self) -> int: ...
+    def new_states(self, num_slots: int) -> Tensor: ...
+    def keep_states_in(self, states: Tensor) -> None: ...
+    def restore_blocks(
+        self, states: Tensor, slots: Sequence[int], block_ids: Sequence[int], first_positions: Sequence[int]
+    ) -> None: ...
+
+
+class RecycledMemory(BlockMemory, StateMemory, Protocol):
+    """What recycling needs of a runner."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
 
 
 class ModelRunner:
@@ -100,7 +118,6 @@ class ModelRunner:
         num_blocks: blocks that `kv_cache_bytes` holds, at most what `max_num_seqs` full sequences need.
         backend: `native`, `triton` or `torch`.
         cache_pages: the KV cache's memory; None on a device.
-        block_form: in which form blocks are kept, and why.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
         workspace: threads for native kernels that sample; None: the backend is another.
@@ -130,7 +147,7 @@ class ModelRunner:
         self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
         self._block_bytes = self._kv_cache.view(torch.uint8)
         self.cache_pages = CachePages(self._kv_cache) if self._kv_cache.is_cpu else None
-        self.block_form = BlockForm.of(shape, self.dtype.itemsize)
+        self._states: Tensor | None = None
         # The whole shape: weights of one hash may be read with another base of rotation or another norm.
         self.state_identity = StateIdentity(
             model_hash="",
@@ -211,6 +228,45 @@ class ModelRunner:
         """
         return self._block_bytes[:, :, block_id]
 
+    @property
+    def state_bytes(self) -> int:
+        """Of what goes into all layers for the tokens of one block."""
+        return self.num_layers * self.block_size * self.dim * self.dtype.itemsize
+
+    def new_states(self, num_slots: int) -> Tensor:
+        """Memory (num_slots, num_layers, block_size, dim) for what goes into the layers, a block a slot."""
+        return _zeros((num_slots, self.num_layers, self.block_size, self.dim), self.dtype, self.device)
+
+    def keep_states_in(self, states: Tensor) -> None:
+        """From now on steps keep in `states`, as `new_states` gave it, what sequences' `state_slots` ask for.
+
+        The native backend's do; others keep nothing.
+        """
+        self._states = states
+
+    def restore_blocks(
+        self, states: Tensor, slots: Sequence[int], block_ids: Sequence[int], first_positions: Sequence[int]
+    ) -> None:
+        """Keys and values of blocks that begin at these positions, from what went into the layers.
+
+        The bits that a forward pass would give; of the native backend alone.
+        """
+        assert isinstance(self._forward, NativeForward)
+        ids, to, at = (torch.tensor(x, dtype=torch.int32) for x in (slots, block_ids, first_positions))
+        self._forward.restore_blocks(states, ids, to, at, self._kv_cache[0], self._kv_cache[1])
+
+    def _state_rows(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Where the chunks' tokens have what goes into their layers kept, as `PagedBatch.state_rows`."""
+        if not any([c.seq.state_slots for c in chunks]):
+            return None
+        size = self.block_size
+        rows = [
+            -1 if (slot := c.seq.state_slots.get(p // size)) is None else slot * size + p % size
+            for c in chunks
+            for p in range(c.start, c.start + c.num_tokens)
+        ]
+        return torch.tensor(rows, dtype=torch.int32)
+
     def _paged_batch(self, chunks: Sequence[Chunk]) -> PagedBatch:
         size = self.block_size
         width = max(len(c.seq.block_ids) for c in chunks)
@@ -228,6 +284,8 @@ class ModelRunner:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self.device),
             slots=torch.tensor(slots, device=self.device),
             num_wanted=torch.tensor([c.num_wanted for c in chunks], dtype=torch.int32),
+            states=self._states,
+            state_rows=self._state_rows(chunks),
         )
 
 

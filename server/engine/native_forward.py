@@ -95,6 +95,18 @@ class NativeForward:
         """Hidden states (num_tokens, dim), in the memory of the embeddings; as `TorchForward.forward`."""
         return self._decoder.forward(embeddings, positions, batch, k_cache, v_cache, num_layers, first_layer)
 
+    def restore_blocks(
+        self,
+        states: Tensor,
+        slots: Tensor,
+        block_ids: Tensor,
+        first_positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> None:
+        """Keys and values of whole blocks from what went into the layers; as `NativeDecoder.restore`."""
+        self._decoder.restore(states, slots, block_ids, first_positions, k_cache, v_cache)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32."""
         return self._head(self.workspace, hidden)

@@ -14,20 +14,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from scone.cache.device import Device
-from scone.cache.recycle_cost import RecycleCost
+from scone.cache.recycle_cost import HeldState, RecycleCost
 from scone.cache.recycled_stats import StateTier
 from scone.cache.recycled_store import RecycledStore
 from scone.server.engine import scheduler
+from scone.server.engine.block_form import BlockForm
+from scone.server.engine.block_forms import BlockForms
 from scone.server.engine.block_restorer import BlockRestorer, Post
 from scone.server.engine.block_saver import BlockSaver
 from scone.server.engine.generation import Generation
 from scone.server.engine.layer_states import LayerStates, states_name, unpack_states
-from scone.server.engine.model_runner import BlockMemory
 from scone.server.engine.observer import EngineObserver
 from scone.server.engine.recycled_results import Result, pack_result, result_name, unpack_result
 from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState
@@ -51,14 +53,36 @@ class Found:
     Attributes:
         result: its whole answer.
         states: (num_tokens, dim) after `layer` layers.
-        tiers: where each of the prefix's next blocks lies, from number `num_cached` on.
+        blocks: the prefix's next blocks.
     """
 
     result: Result | None = None
     states: Tensor | None = None
     layer: int = 0
-    tiers: Sequence[StateTier] = ()
-    num_cached: int = 0
+    blocks: StoredBlocks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """Blocks of one prefix that are in the store, from number `first` on."""
+
+    first: int
+    forms: Sequence[BlockForm]
+    tiers: Sequence[StateTier]
+
+    @property
+    def end(self) -> int:
+        """The number of the first one that is not."""
+        return self.first + len(self.forms)
+
+    def form(self, block: int) -> BlockForm | None:
+        """Of a block; None: it is not known to be there."""
+        return self.forms[block - self.first] if self.first <= block < self.end else None
+
+    def before(self, end: int) -> StoredBlocks:
+        """Those before number `end`."""
+        count = max(0, end - self.first)
+        return StoredBlocks(self.first, self.forms[:count], self.tiers[:count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +110,25 @@ class Recycler:
         self,
         store: RecycledStore,
         cost: RecycleCost,
-        memory: BlockMemory,
-        device: Device,
+        forms: BlockForms,
         state: SchedulerState,
         num_layers: int,
+        dtype: torch.dtype,
         post: Post,
         observer: Callable[[], EngineObserver],
         on_found: Callable[[Generation, Found], None],
     ) -> None:
-        """`on_found` is told what a look-up brought; of blocks worth fetching the scheduler knows by then."""
-        self._store, self._cost, self._memory, self._state = store, cost, memory, state
-        self.block_form = memory.block_form
-        self._num_layers, self._post = num_layers, post
+        """Of a model with so many layers, whose states are of `dtype`.
+
+        `on_found` is told what a look-up brought; of blocks worth fetching the scheduler knows by then.
+        """
+        self._store, self._cost, self._state = store, cost, state
+        self.forms = forms
+        self._num_layers, self._dtype, self._post = num_layers, dtype, post
         self._observer, self._on_found = observer, on_found
-        self.restorer = BlockRestorer(store, memory, device, state, post, self._restored)
-        self.saver = BlockSaver(store, memory, device, state, post)
+        self.restorer = BlockRestorer(store, state, post, self._restored)
+        self.saver = BlockSaver(store, forms, state, post)
+        self._stored: dict[scheduler.Sequence, StoredBlocks] = {}
         self._lookups = ThreadPoolExecutor(1, thread_name_prefix="scone-look-up")
         self._asked: dict[Generation, float] = {}  # deadlines
         self._paused_until = 0.0
@@ -119,11 +147,6 @@ class Recycler:
         """Whether workers read or look up, or what they brought is still to be taken over."""
         return bool(self._asked) or self.restorer.is_busy
 
-    @property
-    def staging_bytes(self) -> int:
-        """Host memory through which blocks go to the KV cache; none where they are read into it."""
-        return self.restorer.landings.num_bytes
-
     # -- before a sequence runs ----------------------------------------------------------------
 
     def look_up(self, generation: Generation) -> None:
@@ -141,17 +164,26 @@ class Recycler:
     def follow(self, schedule: Schedule, generations: dict[scheduler.Sequence, Generation]) -> None:
         """Begins the restores that were scheduled, gives up those that were preempted."""
         for seq in schedule.preempted:
-            self.restorer.cancel(seq)
+            self._let_go(seq)
             self.look_up(generations[seq])
         for seq in schedule.restoring:
-            num_tokens = len(seq.block_ids) * self._state.pool.block_size - seq.num_computed_tokens
-            seconds = RESTORE_PATIENCE * self._cost.compute_seconds(num_tokens)
-            self.restorer.begin(seq, LOOK_UP_PATIENCE_SECONDS + seconds)
+            size = self._state.pool.block_size
+            blocks = range(seq.num_computed_tokens // size, len(seq.block_ids))
+            seconds = RESTORE_PATIENCE * self._cost.compute_seconds(len(blocks) * size)
+            stored, likely = self._stored[seq], self.forms.kept[0]
+            # Blocks that were in memory when it was asked for the others, and are no more, may be stored.
+            forms = [stored.form(block) or likely for block in blocks]
+            self.restorer.begin(seq, forms, LOOK_UP_PATIENCE_SECONDS + seconds)
 
     def forget(self, generation: Generation) -> None:
         """Its sequence has ended, or is about to."""
         self._asked.pop(generation, None)
-        self.restorer.cancel(generation.seq)
+        self._let_go(generation.seq)
+
+    def _let_go(self, seq: scheduler.Sequence) -> None:
+        self.restorer.cancel(seq)
+        self.saver.forget(seq)
+        self._stored.pop(seq, None)
 
     def poll(self, step_seconds: float) -> None:
         """To be called between steps, which take so long: takes over what has come."""
@@ -210,26 +242,45 @@ class Recycler:
             if store.find("layer_k", [name]):
                 payload = store.read("layer_k", name, token_ids)
                 if payload is not None:
-                    states = unpack_states(payload, len(token_ids), self._memory.dtype)
+                    states = unpack_states(payload, len(token_ids), self._dtype)
                     return Found(states=states, layer=layer)
-        tiers = store.locate("blocks", question.block_names) if question.block_names else ()
-        return Found(tiers=tiers, num_cached=question.num_cached)
+        return Found(blocks=self._locate(question.num_cached, question.block_names))
+
+    def _locate(self, first: int, names: Sequence[bytes]) -> StoredBlocks:
+        """Those of `names` that are held, from the first on, in whichever form each."""
+        forms: list[BlockForm] = []
+        tiers: list[StateTier] = []
+        num_missing = 0  # forms in a row that do not have the next block
+        for form in cycle(self.forms.readable):
+            if len(tiers) == len(names) or num_missing == len(self.forms.readable):
+                break
+            keys = [form.key(name) for name in names[len(tiers) :]]
+            found = self._store.locate("blocks", keys, again=num_missing > 0)
+            forms += [form] * len(found)
+            tiers += found
+            num_missing = 1 if found else num_missing + 1
+        return StoredBlocks(first, forms, tiers)
 
     def _found(self, generation: Generation, found: Found) -> None:
         if self._asked.pop(generation, None) is None:  # ended meanwhile, or given up
             return
         seq = generation.seq
         seq.num_stored_blocks = 0
-        if found.tiers:
-            block_size = self._state.pool.block_size
-            num_fetched = self._cost.num_to_fetch(found.tiers, self._memory.block_bytes, block_size)
+        if found.blocks is not None and found.blocks.forms:
+            blocks = self._stored[seq] = found.blocks
+            held = [
+                HeldState(tier, form.block_bytes, form.work_seconds)
+                for tier, form in zip(blocks.tiers, blocks.forms, strict=True)
+            ]
+            num_fetched = self._cost.num_to_fetch(held, self._state.pool.block_size)
             # Counted from where the question began: the cache may hold more of the prefix by now, or less.
-            seq.num_stored_blocks = found.num_cached + num_fetched
+            seq.num_stored_blocks = blocks.first + num_fetched
         self._on_found(generation, found)
 
     def _restored(self, seq: scheduler.Sequence, num_blocks: int, seconds: float, in_time: bool) -> None:
         end = seq.num_computed_tokens // self._state.pool.block_size
         self.saver.note_kept(seq, end - num_blocks, end)
+        self._stored[seq] = self._stored[seq].before(end)  # those after it may be damaged: they are kept anew
         self._observer().on_restored(num_blocks * self._state.pool.block_size, seconds)
         if not in_time:
             self._pause("a restore")
@@ -242,7 +293,18 @@ class Recycler:
             if seq.num_stored_blocks is not None:
                 seq.num_stored_blocks = 0
 
-    # -- after it has run ----------------------------------------------------------------------
+    # -- when it runs --------------------------------------------------------------------------
+
+    def expect(self, generations: Sequence[Generation], chunks: Sequence[Chunk]) -> None:
+        """Is told of each step before it, so that blocks of prompts are kept as they are computed."""
+        size = self._state.pool.block_size
+        for generation, chunk in zip(generations, chunks, strict=True):
+            seq, num_full = generation.seq, len(generation.run.request.input_ids) // size
+            if seq.root_hash and chunk.start < num_full * size:
+                stored = self._stored.get(seq)
+                num_stored = max(generation.num_kept_blocks, 0 if stored is None else stored.end)
+                begin = max(chunk.start // size, num_stored)
+                self.saver.expect(seq, begin, min(-(-(chunk.start + chunk.num_tokens) // size), num_full))
 
     def note_speed(self, chunks: Sequence[Chunk], seconds: float) -> None:
         """Tells the cost model what a step of prompts took."""
@@ -256,9 +318,12 @@ class Recycler:
         if seq.root_hash:
             block_size = self._state.pool.block_size
             num_full = min(seq.num_computed_tokens, len(run.request.input_ids)) // block_size
-            if num_full > generation.num_kept_blocks:
-                seconds = self._cost.compute_seconds(block_size)
-                self.saver.save(seq, generation.num_kept_blocks, num_full, seconds)
+            begin = generation.num_kept_blocks
+            if num_full > begin:
+                stored = self._stored.get(seq)
+                if stored is not None:
+                    self.saver.note_kept(seq, max(begin, stored.first), min(num_full, stored.end))
+                self.saver.save(seq, begin, num_full, self._cost.compute_seconds(block_size))
                 generation.num_kept_blocks = num_full
         if run.num_layers and run.num_layers > run.first_layer:
             if run.layer_states is None:

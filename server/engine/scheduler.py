@@ -50,6 +50,7 @@ class Sequence:
         num_cached_tokens: tokens taken from the prefix cache or the store when it was first started.
         num_stored_blocks: blocks from the first on that are in memory or stored, and worth fetching; None
             while that is not known, and until then it is not started.
+        state_slots: by the number of a block: where a step is to keep what goes into the layers.
     """
 
     arrival: int
@@ -66,6 +67,7 @@ class Sequence:
     num_preemptions: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    state_slots: dict[int, int] = field(default_factory=dict)
     status: Status = Status.WAITING
 
     @property

@@ -146,9 +146,7 @@ class World:
         self._device = device
         self.commands: deque[Callable[[], None]] = deque()
         if store is not None:
-            self.core.recycle(
-                store, RecycleCost(store.read_speeds), runner, runner.num_layers, self.commands.append
-            )
+            self.core.recycle(store, RecycleCost(store.read_speeds), runner, self.commands.append)
         self.input_rows = None if table is None else InputRows(table, table, "dict")
         self.runs: list[RequestRun] = []
 
@@ -200,7 +198,7 @@ class World:
         if self.core.recycler is not None:
             if isinstance(self.core.overlay.device, SimDevice):
                 self.core.overlay.device.drain()
-            assert self.core.recycler.restorer.landings.num_in_use == 0
+            assert num_landings(self) == 0
 
     def settle(self) -> None:
         """Waits until the store has what it was given, and workers have ended."""
@@ -221,6 +219,12 @@ class World:
         if self._device is not None:
             with torch.inference_mode():
                 self._device.step()
+
+
+def num_landings(world: World) -> int:
+    """Blocks that the store is reading, or that wait for being laid."""
+    assert world.core.recycler is not None
+    return sum(form.num_landings for form in world.core.recycler.forms.readable)
 
 
 @pytest.fixture

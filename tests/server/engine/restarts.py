@@ -65,9 +65,9 @@ class SlowStore(RecycledStore):
         self._wait("read")
         return super().read(*args)
 
-    def locate(self, *args: Any) -> Any:
+    def locate(self, *args: Any, **options: Any) -> Any:
         self._wait("locate")
-        return super().locate(*args)
+        return super().locate(*args, **options)
 
     def _wait(self, call: str) -> None:
         if call in self.held:

@@ -259,6 +259,51 @@ def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
             assert torch.equal(second.forward([rest], second.embed([rest])), expected)
 
 
+MULTI_HEAD = {"num_kv_heads": 4}
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shape", [MULTI_HEAD, {"architecture": "qwen3", "qk_norm": True}, {}])
+def test_keys_and_values_are_restored_from_what_went_into_the_layers(
+    quantization: Quantization, shape: dict[str, Any]
+) -> None:
+    """Kept in chunks and a batch, restored some blocks at a time elsewhere: the same bits."""
+    decoder, config = random_decoder(**shape), replace(CONFIG, quantization=quantization)
+    first, second = (ModelRunner(decoder, config) for _ in range(2))
+    states = first.new_states(9)
+    assert states[0].nbytes == first.state_bytes
+    first.keep_states_in(states)
+    slots = {0: 5, 1: 0, 2: 8, 4: 3}  # not of block 3
+    kept = Sequence(0, 0, random_prompt(7, 44, high=200), block_ids=[3, 1, 2, 9, 8, 7], state_slots=slots)
+    other = Sequence(1, 0, random_prompt(8, 44, high=200), block_ids=list(range(10, 16)))
+    with torch.inference_mode():
+        for begin, end in itertools.pairwise([0, 5, 29, 44]):
+            chunks = [Chunk(seq, begin, end - begin) for seq in (other, kept)]
+            first.forward(chunks, first.embed(chunks))
+        for some in ([0, 4], [2], [1]):
+            second.restore_blocks(
+                states, [slots[b] for b in some], [20 + b for b in some], [8 * b for b in some]
+            )
+        for block in slots:
+            assert first.block(kept.block_ids[block]).any()
+            assert torch.equal(second.block(20 + block), first.block(kept.block_ids[block]))
+    assert not states[[1, 2, 4, 6, 7]].any(), "nothing else was kept"
+
+
+def test_what_cannot_be_restored_is_refused() -> None:
+    runner = ModelRunner(random_decoder(), CONFIG)
+    states = runner.new_states(2)
+    for slots, block_ids, positions, message in (
+        ([2], [0], [0], "a slot is out of range"),
+        ([1], [1 << 20], [0], "a block id is out of range"),
+        ([1], [0], [CONFIG.max_model_len], "past the last position"),
+        ([0, 1], [0], [0], "not of one length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.restore_blocks(states, slots, block_ids, positions)
+
+
 def test_settings_that_need_native_kernels_say_so() -> None:
     decoder = random_decoder()
     for wrong in ({"quantization": "int8"}, {"quantization": "bfloat16"}, {"deterministic": True}):

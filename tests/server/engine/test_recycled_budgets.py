@@ -27,8 +27,8 @@ class EvictingStore(RecycledStore):
 
     evict_from = 0
 
-    def locate(self, kind: Any, keys: Sequence[bytes]) -> Any:
-        tiers = super().locate(kind, keys)
+    def locate(self, kind: Any, keys: Sequence[bytes], *, again: bool = False) -> Any:
+        tiers = super().locate(kind, keys, again=again)
         for key in keys[self.evict_from :]:
             self._ram.discard(state_key(kind, key))
             assert self._disk is not None

@@ -14,7 +14,7 @@ from scone.cache.sim_device import SimDevice
 from scone.server.engine import block_landing
 from tests.conftest import Forgetful
 
-from .conftest import World, random_prompt
+from .conftest import World, num_landings, random_prompt
 from .dict_table import DictTable
 from .recycled_world import Counting, MakeWorld, answer, counted
 from .restarts import Restarts
@@ -58,8 +58,7 @@ def device_answers(
     world.run()
     with torch.inference_mode():
         restoring.drain()
-    assert world.core.recycler is not None
-    assert world.core.recycler.restorer.landings.num_in_use == 0
+    assert num_landings(world) == 0
     restarts.remove()
     return [o.tokens() for o in outcomes], counting
 

@@ -262,6 +262,18 @@ def test_second_heads_among_completions(
     assert store.stats.hits["layer_k", "disk"] == 3
 
 
+def test_blocks_without_the_lower_layers_keys_get_no_name(make_world: MakeWorld, restarts: Restarts) -> None:
+    """A vector of all layers, from stored states of the first: completions share nothing with it."""
+    prompt = random_prompt(9, 60)
+    cold = facts(answer(make_world(), prompt))
+    answer(make_world(store=restarts.open()), prompt, pooling=PoolingParams(layer=1), max_tokens=0)
+    world = make_world(store=restarts.open())
+    answer(world, prompt, pooling=PoolingParams(), max_tokens=0)
+    assert world.runs[-1].first_layer == 1
+    completion = answer(world, prompt)
+    assert (facts(completion), num_cached(completion)) == (cold, 0)
+
+
 def test_a_text_of_another_salt_shares_nothing(make_world: MakeWorld, restarts: Restarts) -> None:
     store = restarts.open()
     world = make_world(store=store)

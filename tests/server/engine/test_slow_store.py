@@ -11,7 +11,7 @@ import pytest
 from scone.server.engine import recycler as recycler_module
 from scone.server.engine.scheduler import Status
 
-from .conftest import World, random_prompt
+from .conftest import World, num_landings, random_prompt
 from .dict_table import DictTable
 from .recycled_world import BLOCK_BYTES, MakeWorld, answer, counted, facts
 from .restarts import Restarts, SlowStore
@@ -105,9 +105,9 @@ def test_a_read_that_ends_late_writes_to_nobodys_blocks(
     while len(late.tokens()) < 5:
         world.step()
     assert world.core.recycler is not None
-    assert world.core.recycler.restorer.landings.num_in_use > 0
+    assert num_landings(world) > 0
     store.released.set()
-    while world.core.recycler.restorer.landings.num_in_use:
+    while num_landings(world):
         world.step()
     world.run()
     assert facts(late) == cold
