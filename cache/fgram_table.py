@@ -229,7 +229,10 @@ class FGramTable:
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
         """
-        return self._index.match_newest(sequences, row_ids, wanted, places)
+        try:
+            return self._index.matcher.match_newest(sequences, row_ids, wanted, places)
+        except DamagedDataError as error:
+            raise self._index.read_error(error) from None
 
     def look_up_newest(
         self,

@@ -4,8 +4,8 @@ A row is any run of `dim` values that an id names: an f-gram's row, or the state
 
 A slot's life: FREE -> `reserve` (FILLING: the host writes rows, on whatever thread) -> `commit` (a copy is
 queued) -> READY -> `use` (the model may read them) -> IN_USE -> `release` -> FREE. `fill` is all of the first
-two, `hand_over` both of the next, for a slot that is written and used at once. The invariants, each guarded by
-one synchronisation and each shown by a test to be needed:
+two, `hand_over` both of the next, for a slot that is written and used at once. The invariants, each guarded
+by one synchronisation and each shown by a test to be needed:
 
 I1  the host writes a slot's host side only after the copy that reads it has run;
 I2  a copy into a slot's device side runs only after the model has done with it;
