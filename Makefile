@@ -70,7 +70,7 @@ test-clients: $(VENV)/.test $(DEMO_GGUF) links ## drive a server with lm-eval an
 	SCONE_CLIENTS=.venv-clients/bin $(BIN)/python -m pytest -m heavy tests/server/api/test_real_model.py
 
 test-triton: $(VENV)/.test links ## check the Triton kernels without a GPU (installs Triton, 1 GB, in a folder of its own)
-	@test -d .venv-triton/triton || $(PIP) --no-deps --target .venv-triton 'triton>=3.4'
+	@test -d .venv-triton/triton || $(PIP) --no-deps --target .venv-triton 'triton>=3.4,<3.9'
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -m heavy tests/kernels/test_triton_kernels.py tests/kernels/test_triton_decoder.py
 	TRITON_INTERPRET=1 PYTHONPATH=.venv-triton $(BIN)/python -m pytest tests/kernels/test_triton_decoder.py tests/server/engine/test_cuda_runner.py
 

@@ -3,10 +3,11 @@
 Native (native/packed_linear.cpp, native/linear_*.inl). `bf16` rounds each weight; the others do in groups of
 32 inputs: `int8` symmetrically with a half-precision scale, as ggml's Q8_0; `int4` to 16 levels between the
 least and the largest, as its Q4_1. A tensor that was stored in those formats is kept exactly. With rounded
-weights inputs may be rounded too, in the same groups: to 16 bits for `int8` weights (which costs nothing
-measurable) and to 8 bits for `int4`. Sums are then exact integers within a group and float32 over groups, in
-an order that does not depend on the number of rows: results are the same alone and in any batch. With inputs
-in float32 weights are expanded on the way, and results are those of float32 weights, bit for bit.
+weights inputs may be rounded too: each to bfloat16 for `bf16` weights, in groups to 16 bits for `int8` (which
+costs nothing measurable) and to 8 bits for `int4`. Sums are then float32, or exact integers within a group
+and float32 over groups, in an order that does not depend on the number of rows: results are the same alone
+and in any batch. With inputs in float32 weights are expanded on the way, and results are those of float32
+weights, bit for bit.
 
 The `*_reference` functions are the oracle.
 """
@@ -49,7 +50,7 @@ class PackedLinear:
     ) -> None:
         """weight and bias of any float dtype; neither is kept.
 
-        `round_inputs=False` multiplies int8 and int4 weights with the float32 inputs: the same bits as
+        `round_inputs=False` multiplies rounded weights with the float32 inputs: the same bits as
         `f32` on the rounded weights, from as little memory as they take.
         """
         assert native is not None, "needs the native extension"
@@ -110,8 +111,10 @@ def rounded_weight_reference(weight: Tensor, kind: WeightKind) -> Tensor:
 
 def rounded_input_reference(x: Tensor, kind: WeightKind) -> Tensor:
     """The inputs as a map of that kind uses them."""
-    if kind in ("f32", "bf16"):
+    if kind == "f32":
         return x
+    if kind == "bf16":
+        return x.bfloat16().float()
     limit = torch.tensor(32767.0 if kind == "int8" else 127.0)
     groups = _groups(x)
     largest = groups.abs().amax(-1, keepdim=True)

@@ -27,6 +27,7 @@ class PagedBatch:
         block_tables: (num_seqs, max_blocks) int32; what lies past the context is never read.
         slots: (num_tokens,) integers, where this step's keys and values go.
         tiles: (3, num_tiles) int32, for kernels that run by tiles: sequence, first query, number of queries.
+        one_query_a_tile: no tile has more, as where all sequences decode.
         num_wanted: (num_seqs,) int32: hidden states are asked for of so many last queries of each sequence,
             and a forward pass may leave anything in place of the others; None: of all.
     """
@@ -36,6 +37,7 @@ class PagedBatch:
     block_tables: Tensor
     slots: Tensor
     tiles: Tensor | None = None
+    one_query_a_tile: bool = False
     num_wanted: Tensor | None = None
 
 

@@ -173,26 +173,24 @@ def paged_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
-    *,
-    one_query_a_tile: bool,
 ) -> None:
     """Writes the causal attention of q (num_tokens, num_heads, head_dim) to `out`, contiguous, same shape.
 
     Args:
         q: heads of a token side by side; tokens may lie further apart.
         positions: (num_tokens,) int32.
-        batch: with tiles; one of no queries is passed over, and its rows of `out` are undefined.
+        batch: with tiles; one of no queries is passed over, and its rows of `out` are undefined. Where
+            each has one query, contexts may be split.
         k_cache, v_cache: of one layer, this step's keys and values stored.
-        one_query_a_tile: as in a step that only decodes: then contexts may be split.
     """
     assert batch.tiles is not None
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     group = num_heads // num_kv_heads
     num_tiles = batch.tiles.shape[1]
-    splits = splits_for(num_tiles, num_kv_heads) if one_query_a_tile else 1
+    splits = splits_for(num_tiles, num_kv_heads) if batch.one_query_a_tile else 1
     group_padded = triton.next_power_of_2(group)
-    rows = max(FEWEST_ROWS, group_padded) if one_query_a_tile else max(TILE_ROWS, group_padded)
+    rows = max(FEWEST_ROWS if batch.one_query_a_tile else TILE_ROWS, group_padded)
     dim_padded = triton.next_power_of_2(head_dim)
     shape = (splits, num_tokens, num_heads)
     highest, total, parts = positions, positions, out  # two that are not written

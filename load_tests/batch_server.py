@@ -1,6 +1,7 @@
 """A library without a batching server of its own behind one HTTP route, for `load_tests.rivals`.
 
-    python load_tests/batch_server.py transformers FOLDER --port 8001
+    python load_tests/batch_server.py transformers FOLDER --port 8001 [--device cuda]
+    python load_tests/batch_server.py transformers-batches FOLDER --port 8001 [--device cuda]
     python load_tests/batch_server.py llama.cpp FILE.gguf --port 8001
 
 Answers `POST /v1/completions` with a list of prompts as one batch, greedily, without stopping at an end
@@ -26,25 +27,48 @@ class BatchEngine(Protocol):
 
 
 class Transformers:
-    """`generate` in float32, prompts padded on the left."""
+    """`generate`, prompts padded on the left; float32 on a CPU, bfloat16 on a GPU."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, device: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(os.cpu_count() or 1)
-        self._torch = torch
+        self._torch, self._device = torch, device
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
 
     def generate(self, prompts: list[str], max_tokens: int) -> int:
-        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True)
+        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self._device)
         with self._torch.inference_mode():
-            self._model.generate(
+            made = self._model.generate(
                 **inputs, max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False
             )
+            made.cpu()  # waits for the device
         return int(inputs["attention_mask"].sum())
+
+
+class TransformersBatches(Transformers):
+    """`generate_batch`: transformers' own continuous batching over a paged cache, kept from call to call."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        super().__init__(folder, device)
+        self.generate(["a b c d " * 200] * 32, 64)  # its memory is sized for the first call
+
+    def generate(self, prompts: list[str], max_tokens: int) -> int:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        sequences = self._tokenizer(prompts)["input_ids"]
+        made = self._model.generate_batch(sequences, generation_config=config, persistent_manager=True)
+        lengths = {len(output.generated_tokens) for output in made.values()}
+        if len(made) != len(prompts) or lengths != {max_tokens}:
+            raise RuntimeError(
+                f"{len(made)} answers of {lengths} tokens, wanted {len(prompts)} of {max_tokens}"
+            )
+        return sum(map(len, sequences))
 
 
 class LlamaCpp:
@@ -144,12 +168,16 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One library behind one HTTP route.")
-    parser.add_argument("library", choices=["transformers", "llama.cpp"])
+    parser.add_argument("library", choices=["transformers", "transformers-batches", "llama.cpp"])
     parser.add_argument("model")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", default="cpu", help="of transformers")
     options = parser.parse_args()
-    engine = Transformers if options.library == "transformers" else LlamaCpp
-    Handler.engine = engine(options.model)
+    if options.library == "llama.cpp":
+        Handler.engine = LlamaCpp(options.model)
+    else:
+        kind = TransformersBatches if options.library == "transformers-batches" else Transformers
+        Handler.engine = kind(options.model, options.device)
     HTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
 
 

@@ -30,37 +30,37 @@ class Contestant:
         fields: what its requests carry besides prompt, max_tokens and temperature.
         streams: whether answers are read as streams, one request a sequence; else all sequences go as
             one request with a list of prompts and the answer comes whole.
-        weights: format of the weights, for the table.
     """
 
     name: str
-    weights: str
     command: tuple[str, ...]
     ready_path: str
     fields: dict[str, Any]
     streams: bool = True
 
 
-def ours(name: str, quantization: str, model: str, table: str | None = None) -> Contestant:
-    command = [sys.executable, "-m", "scone.server.cli", "serve", "--model", model]
+def ours(
+    name: str, quantization: str, model: str, table: str | None = None, device: str = "cpu"
+) -> Contestant:
+    command = [sys.executable, "-m", "scone.server.cli", "serve", "--model", model, "--device", device]
     command += ["--quantization", quantization, "--port", "{port}"]
     if table is not None:
         command += ["--table", table]
-    weights = {"none": "fp32", "auto": "as stored"}.get(quantization, quantization)
-    return Contestant(name, weights, tuple(command), "/ready", {"ignore_eos": True})
+    return Contestant(name, tuple(command), "/ready", {"ignore_eos": True})
 
 
-def transformers(folder: str) -> Contestant:
+def transformers(folder: str, library: str = "transformers", device: str = "cpu") -> Contestant:
+    """`library` is a name that batch_server.py knows."""
     script = str(Path(__file__).with_name("batch_server.py"))
-    command = (sys.executable, script, "transformers", folder, "--port", "{port}")
-    return Contestant("transformers", "fp32", command, "/", {}, streams=False)
+    command = (sys.executable, script, library, folder, "--port", "{port}", "--device", device)
+    return Contestant(library, command, "/", {}, streams=False)
 
 
 def llama_cpp(python: str, model: str) -> Contestant:
     """llama.cpp through its batch interface: faster than its Python server, which takes turns."""
     script = str(Path(__file__).with_name("batch_server.py"))
     command = (python, script, "llama.cpp", model, "--port", "{port}")
-    return Contestant("llama.cpp batches", "Q4_1", command, "/", {}, streams=False)
+    return Contestant("llama.cpp batches", command, "/", {}, streams=False)
 
 
 def llama_cpp_server(python: str, model: str) -> Contestant:
@@ -69,7 +69,7 @@ def llama_cpp_server(python: str, model: str) -> Contestant:
     command += ["--n_threads", threads, "--n_threads_batch", threads, "--interrupt_requests", "False"]
     # It has no ignore_eos: the end tokens are ruled out instead.
     fields = {"logit_bias": {"0": -100, "2": -100}}
-    return Contestant("llama.cpp server", "Q4_1", tuple(command), "/v1/models", fields)
+    return Contestant("llama.cpp server", tuple(command), "/v1/models", fields)
 
 
 def vllm(python: str, folder: str) -> Contestant:
@@ -77,7 +77,7 @@ def vllm(python: str, folder: str) -> Contestant:
     command += ["--dtype", "float32", "--max-model-len", "2048", "--gpu-memory-utilization", "0.25"]
     # By default it keeps a core free for its other processes, which of two cores is half the machine.
     cores = f"VLLM_CPU_OMP_THREADS_BIND=0-{(os.cpu_count() or 1) - 1}"
-    return Contestant("vLLM", "fp32", ("env", cores, *command), "/health", {"ignore_eos": True})
+    return Contestant("vLLM", ("env", cores, *command), "/health", {"ignore_eos": True})
 
 
 class RunningServer:

@@ -8,6 +8,8 @@ neither finds its weights in the caches unless both fit. `gflops` counts two ope
 used; `gbs` the bytes of their packed weights, which a step of few sequences reads once. The last line is one
 JSON object.
 
+`--stored-as bfloat16` rounds the weights first, so that they are held as those of a checkpoint in that type.
+
 What the machine itself can do is measured beside: a large float32 product and the sum of a large array, by
 torch with as many threads.
 """
@@ -149,6 +151,7 @@ def machine_speed(rounds: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the native kernels take of a step.")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--stored-as", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quantization", nargs="+", default=["none", "auto"])
     parser.add_argument("--instruction-sets", nargs="+", default=INSTRUCTION_SETS[:-1], metavar="SET")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    decoder = open_checkpoint(arguments.model).decoder()
+    decoder = open_checkpoint(arguments.model).decoder(getattr(torch, arguments.stored_as)).float()
     with torch.inference_mode():
         caches = caches_for(decoder)
         benches = {
@@ -171,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = step.num_seqs * (step.num_tokens if piece == "layers" else 1)
         results.append(
             {
+                "stored_as": arguments.stored_as,
                 "quantization": quantization,
                 "instruction_set": name,
                 "step": step.name,

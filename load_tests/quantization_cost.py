@@ -2,7 +2,8 @@
 
 Runs each text's first tokens through every setting and through the torch backend, the reference, and
 prints for each: perplexity, mean KL divergence from the reference in nats, how often the best token is the
-same, and the largest difference of a log-probability. The last line is one JSON object.
+same, and the largest difference of a log-probability. `--stored-as bfloat16` rounds the weights first, also
+the reference's, as those of a checkpoint in that type are. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scone.server.engine.scheduler import Chunk, Sequence
 
 SETTINGS: tuple[tuple[Backend, Quantization], ...] = (
     ("native", "none"),
+    ("native", "bfloat16"),
     ("native", "auto"),
     ("native", "int8"),
     ("native", "int4"),
@@ -69,10 +71,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What quantisation costs in quality.")
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--stored-as", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num-tokens", type=int, default=512, help="of each text (default: 512)")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
-    tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder()
+    tokenizer = checkpoint.tokenizer()
+    decoder = checkpoint.decoder(getattr(torch, arguments.stored_as)).float()
     texts = [tokenizer.encode(path.read_text())[: arguments.num_tokens] for path in arguments.texts]
     length = max(map(len, texts))
     limits: dict[str, Any] = {"max_model_len": length, "max_num_seqs": 1, "max_num_batched_tokens": length}
@@ -89,6 +93,7 @@ def main() -> int:
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "machine": platform.platform(),
                 "model": Path(arguments.model).name,
+                "stored_as": arguments.stored_as,
                 "num_tokens": sum(map(len, texts)),
                 "results": results,
             }

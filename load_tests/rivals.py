@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -145,6 +146,20 @@ async def compete(options: argparse.Namespace, logs: Path) -> Rounds:
 
 
 def entrants(options: argparse.Namespace) -> list[Contestant]:
+    return on_gpu(options) if options.device != "cpu" else on_cpu(options)
+
+
+def on_gpu(options: argparse.Namespace) -> list[Contestant]:
+    """Ours without and with the table, transformers with padded batches and with its own batching."""
+    model, device = options.model, options.device
+    ours = [contestants.ours("scone", "auto", model, None, device)]
+    if options.table:
+        ours.append(contestants.ours("scone, table", "auto", model, options.table, device))
+    libraries = ("transformers", "transformers-batches") if options.hf_folder else ()
+    return [*ours, *[contestants.transformers(options.hf_folder, name, device) for name in libraries]]
+
+
+def on_cpu(options: argparse.Namespace) -> list[Contestant]:
     ours = [contestants.ours("scone fp32", "none", options.model)]
     ours += [contestants.ours(f"scone {q}", q, options.model) for q in options.quantization]
     if options.table:
@@ -208,6 +223,15 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def machine(device: str) -> str:
+    """What the servers run on."""
+    parts = [f"{os.cpu_count()} cores", platform.platform(), f"Python {platform.python_version()}"]
+    if device != "cpu":
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        parts.append(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    return ", ".join(parts)
+
+
 def export_hf(model: str, folder: str) -> None:
     """The GGUF's weights in float32 as a Hugging Face folder, which transformers and vLLM load."""
     import torch
@@ -229,6 +253,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--table", help="also measure ours with this table")
     parser.add_argument(
         "--quantization", nargs="*", default=["int8", "auto"], help="ours, besides fp32 (default: int8 auto)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cuda: all in bfloat16 on a GPU, ours and transformers"
     )
     parser.add_argument("--hf-folder", help="transformers takes part, with this folder; made if not there")
     parser.add_argument("--vllm-python", help="vLLM takes part (needs --hf-folder): its interpreter")
@@ -262,7 +289,7 @@ def main() -> int:
         {
             "benchmark": "rivals",
             "date": started,
-            "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+            "machine": machine(options.device),
             "command": "python -m load_tests.rivals " + " ".join(sys.argv[1:]),
             "max_tokens": options.max_tokens,
             "rounds": rounds,

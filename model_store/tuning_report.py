@@ -48,6 +48,7 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
     facts = max((run.facts for run in runs), key=lambda facts: int(facts["train"]["steps"]))
     train = facts["train"]
     tokens = train["steps"] * train["batch_size"] * train["seq_len"]
+    machines = ", ".join(sorted({run.facts["machine"] for run in runs}))
     return [
         "# Quality: a pretrained model with f-grams",
         "",
@@ -57,7 +58,7 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
         "",
         f"Every row but the base is trained on the same {tokens:,} tokens of a corpus of"
         f" {facts['corpus_tokens']:,} (windows of {train['seq_len']}, matrix products in"
-        f" {train['precision']}, {facts['machine']}, {facts['date']}). The loss is over all that is held out,"
+        f" {train['precision']}, {machines}, {facts['date']}). The loss is over all that is held out,"
         " in float32 and windows of the same size. `fgrams` and `control` leave the main model as it is;"
         " `lora` adapts all its linear maps; `main` rows train all of it. ± is the standard deviation over"
         " seeds.",

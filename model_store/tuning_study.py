@@ -8,6 +8,7 @@ Source: SCONE, arXiv 2502.01637; LoRA, arXiv 2106.09685. The runs are study_runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def arms_of(config: TuningConfig) -> list[TuningArm]:
     ]
 
 
+ROWS = tuple(arm.name for arm in arms_of(TuningConfig()))
+
+
 class TuningStudy:
     """The rows over one pretrained model and one corpus, in one folder."""
 
@@ -103,9 +107,13 @@ class TuningStudy:
         heldout: list[str],
         out: Path,
         device: torch.device,
+        rows: Sequence[str] = ROWS,
     ) -> None:
-        """Opens the model and tokenises, unless an earlier call did; raises SconeError."""
-        self.config, self.out, self.device = config, out, device
+        """Opens the model and tokenises, unless an earlier call did; raises SconeError.
+
+        `rows` names the arms that are wanted.
+        """
+        self.config, self.out, self.device, self._rows = config, out, device, rows
         out.mkdir(parents=True, exist_ok=True)
         self._main_path = Path(model)
         self._checkpoint = open_checkpoint(model)
@@ -122,7 +130,7 @@ class TuningStudy:
             self._run(arm, seed)
             for seed in range(self.config.num_seeds)
             for arm in arms_of(self.config)
-            if seed == 0 or arm.is_main
+            if arm.name in self._rows and (seed == 0 or arm.is_main)
         ]
 
     def keep(self, run: StudyRun, decoder: Decoder, model: FGramModel | None) -> None:

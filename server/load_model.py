@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from scone.server.api.state import ServedModel
 from scone.server.device_metrics import DeviceCollector
 from scone.server.engine.engine import Engine
 from scone.server.metrics import ServerMetrics
-from scone.server.model_device import model_device, model_dtype, placed
+from scone.server.model_device import model_device, model_dtype, placed, spare_cache_bytes
 from scone.server.recycled_metrics import RecycledCollector
 from scone.server.serve_settings import (
     engine_config,
@@ -88,7 +89,8 @@ class ModelLoader:
         dtype = model_dtype(settings.dtype, device)
         with self._phase("checkpoint", f"opening {settings.model}"):
             checkpoint = open_checkpoint(settings.model)
-            config = engine_config(settings, checkpoint.config.max_position)
+            on_cuda = device.type == "cuda"
+            config = engine_config(settings, checkpoint.config.max_position, on_cuda=on_cuda)
         with self._phase("tokenizer", "reading the tokenizer"):
             tokenizer = checkpoint.tokenizer()
         memory = memory_budget(settings)
@@ -98,6 +100,8 @@ class ModelLoader:
             if settings.kronecker == "table":
                 decoder.precompute_embeddings()
             decoder = placed(decoder, device)
+            if on_cuda and settings.kv_cache_bytes is None:
+                config = replace(config, kv_cache_bytes=spare_cache_bytes(device, settings.device_bytes))
         store = None
         if memory is not None:
             with self._phase("recycled", f"opening the store of recycled states {settings.recycled}"):

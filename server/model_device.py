@@ -12,6 +12,9 @@ from scone.model_store.decoder import Decoder
 from scone.server.errors import SettingError
 from scone.server.settings import Setting
 
+CACHE_SHARE = 0.8
+"""Of a device's free memory, for keys and values."""
+
 DEVICE = Setting(
     name="device",
     default="auto",
@@ -58,3 +61,18 @@ def placed(decoder: Decoder, device: torch.device) -> Decoder:
             f"the model's {num_bytes / 2**30:.1f} GiB of weights do not fit on {device}: choose another"
             " device, a smaller model, or dtype bfloat16"
         ) from None
+
+
+def spare_cache_bytes(device: torch.device, reserved_bytes: int) -> int:
+    """What keys and values may take of a CUDA device's memory, unless set: four fifths of what is free.
+
+    The rest is for steps. Raises SettingError if nothing is free beside what is reserved.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    spare = int(CACHE_SHARE * (free_bytes - reserved_bytes))
+    if spare <= 0:
+        raise SettingError(
+            f"device_bytes is {reserved_bytes}, wanted less than what is free on {device} beside the weights,"
+            f" {free_bytes} bytes"
+        )
+    return spare

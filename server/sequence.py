@@ -5,7 +5,7 @@ Knows neither HTTP nor tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,6 +47,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    def final_ids(self, eos_ids: Iterable[int]) -> set[int]:
+        """Tokens that end the sequence, and may not be chosen before `min_tokens`."""
+        return {*(() if self.ignore_eos else eos_ids), *self.stop_token_ids}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

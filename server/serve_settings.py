@@ -18,6 +18,9 @@ _ENGINE = EngineConfig()
 _API = ApiConfig()
 _RECYCLED = RecycledConfig()
 
+CUDA_NUM_SEQS, CUDA_NUM_BATCHED_TOKENS = 256, 2048
+"""Steps there take hardly longer for more of them."""
+
 MODEL_SETTINGS = (
     Setting(name="model", required=True, help="GGUF file, Hugging Face folder or SCONE checkpoint folder"),
     Setting(name="table", help="f-gram table made by `scone build`; none serves the plain model"),
@@ -97,19 +100,23 @@ ENGINE_SETTINGS = (
         kind=int,
         help="longest prompt plus answer in tokens (default: the model's own limit, at most 8192)",
     ),
-    Setting(name="max_num_seqs", kind=int, default=_ENGINE.max_num_seqs, help="sequences that share a step"),
+    Setting(
+        name="max_num_seqs",
+        kind=int,
+        help=f"sequences that share a step (default: {_ENGINE.max_num_seqs}, on CUDA {CUDA_NUM_SEQS})",
+    ),
     Setting(
         name="max_num_batched_tokens",
         kind=int,
-        default=_ENGINE.max_num_batched_tokens,
-        help="tokens that a step computes; longer prompts are cut into chunks",
+        help="tokens that a step computes; longer prompts are cut into chunks"
+        f" (default: {_ENGINE.max_num_batched_tokens}, on CUDA {CUDA_NUM_BATCHED_TOKENS})",
     ),
     Setting(name="block_size", kind=int, default=_ENGINE.block_size, help="tokens per KV block"),
     Setting(
         name="kv_cache_bytes",
         kind=parse_bytes,
-        default=_ENGINE.kv_cache_bytes,
-        help="memory for keys and values, as in 2GiB",
+        help="memory for keys and values, as in 2GiB (default: 1 GiB; on CUDA four fifths of what the weights"
+        " and device_bytes leave free, at most what max_num_seqs sequences of max_model_len need)",
     ),
     Setting(
         name="max_num_queued_reqs",
@@ -138,7 +145,7 @@ ENGINE_SETTINGS = (
     Setting(
         name="quantization",
         default=_ENGINE.quantization,
-        choices=("auto", "none", "int8", "int4"),
+        choices=("auto", "none", "bfloat16", "int8", "int4"),
         help="bits of the layers' weights; auto takes the fewest that keep the checkpoint's values",
     ),
     Setting(
@@ -256,20 +263,27 @@ def api_config(settings: Resolved) -> ApiConfig:
     )
 
 
-def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
-    """The engine's part, for a model with `max_position` positions; raises SettingError."""
+def engine_config(settings: Resolved, max_position: int, *, on_cuda: bool) -> EngineConfig:
+    """The engine's part, for a model with `max_position` positions; raises SettingError.
+
+    On CUDA the default of kv_cache_bytes is known only once the weights are there (`cuda_cache_bytes`).
+    """
     max_model_len = settings.max_model_len or min(max_position, 8192)
     if max_model_len > max_position:
         raise SettingError(
             f"max_model_len is {max_model_len}, but the model has only {max_position} positions"
         )
+    num_seqs, num_tokens = _ENGINE.max_num_seqs, _ENGINE.max_num_batched_tokens
+    if on_cuda:
+        num_seqs, num_tokens = CUDA_NUM_SEQS, CUDA_NUM_BATCHED_TOKENS
+    num_seqs = _value_or(settings.max_num_seqs, num_seqs)
     try:
         return EngineConfig(
             max_model_len=max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=max(_value_or(settings.max_num_batched_tokens, num_tokens), num_seqs),
             block_size=settings.block_size,
-            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_cache_bytes=_value_or(settings.kv_cache_bytes, _ENGINE.kv_cache_bytes),
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
             max_num_staged_tokens=settings.max_num_staged_tokens,
@@ -281,6 +295,10 @@ def engine_config(settings: Resolved, max_position: int) -> EngineConfig:
         )
     except ValueError as error:
         raise SettingError(str(error)) from None
+
+
+def _value_or(setting: int | None, default: int) -> int:
+    return default if setting is None else setting
 
 
 def model_name(settings: Resolved) -> str:

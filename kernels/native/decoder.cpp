@@ -9,13 +9,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <utility>
 
 #include "best_output.hpp"
+#include "shared_attention.hpp"
 #include "wanted_tokens.hpp"
 #include "workspace.hpp"
 
@@ -63,6 +63,7 @@ public:
     NativeDecoder(Workspace& space, int dim, int num_heads, int num_kv_heads, int head_dim, int ffn_dim,
                   float norm_eps, Vector final_norm, Matrix cos, Matrix sin)
         : space_(space), shape_{dim, num_heads, num_kv_heads, head_dim, ffn_dim, norm_eps},
+          attention_(space, num_heads, num_kv_heads, head_dim),
           final_norm_(final_norm.data(), final_norm.data() + final_norm.size()),
           cos_(cos.data(), cos.data() + cos.size()), sin_(sin.data(), sin.data() + sin.size()),
           max_positions_(int(cos.shape(0))) {
@@ -124,7 +125,7 @@ public:
         want(!num_wanted || num_wanted->size() == context_lens.size(), "num_wanted is not (num_seqs,)");
         tiles_.clear();
         wanted_.clear();
-        const int per_tile = std::max(1, kTileQueries * shape_.num_kv_heads / shape_.num_heads);
+        const int per_tile = attention_.tokens_per_tile();
         for (int seq = 0; seq < int(context_lens.size()); ++seq) {
             const int begin = query_starts.data()[seq], end = query_starts.data()[seq + 1];
             const int count = num_wanted ? num_wanted->data()[seq] : end - begin;
@@ -140,11 +141,9 @@ public:
     }
 
 private:
-    struct Step {
-        int rows, table_width, block_size, num_spans;  // spans of the longest context
-        const std::vector<TokenTile>* tiles;
+    struct Step : Queries {
+        int rows, block_size;
         float* hidden;
-        const int32_t *positions, *block_tables;
         size_t cache_layer, first_layer, num_layers;
         float *keys, *values;
     };
@@ -187,14 +186,10 @@ private:
         Workspace::grow(attended_, attended_size_, size_t(rows) * q_dim);
         Workspace::grow(gate_, gate_size_, size_t(rows) * s.ffn_dim);
         Workspace::grow(up_, up_size_, size_t(rows) * s.ffn_dim);
-        scores_stride_ = kSpan + 2 * size_t(step.block_size) + 8;
-        scratch_stride_ = attention_scratch(s.head_dim, scores_stride_);
-        Workspace::grow(scratch_, scratch_size_, scratch_stride_ * space_.team.size());
         for (const std::vector<TokenTile>* tiles : {&std::as_const(tiles_), &wanted_.tiles()}) {
-            Step some = step;
+            Queries some = step;
             some.tiles = tiles;
-            if (shares_contexts(some))
-                Workspace::grow(span_sums_, span_sums_size_, num_tiles(some) * step.num_spans * span_stride());
+            attention_.reserve(some, step.block_size);
         }
         prepared_ = space_.prepared(rows, std::max({s.dim, q_dim, s.ffn_dim}));
     }
@@ -239,68 +234,6 @@ private:
         space_.team.barrier();
     }
 
-    int num_tiles(const Step& step) const { return int(step.tiles->size()) * shape_.num_kv_heads; }
-
-    // Whether there are too few tiles to occupy all threads, and contexts that can be shared among these.
-    bool shares_contexts(const Step& step) const {
-        return step.num_spans > 1 && space_.team.size() > 1 && num_tiles(step) < 2 * space_.team.size();
-    }
-
-    // Floats of what a tile's queries have of one span.
-    size_t span_stride() const {
-        return size_t(std::max(kTileQueries, shape_.num_heads / shape_.num_kv_heads)) * (shape_.head_dim + kSumsTail);
-    }
-
-    // Head by head, so that one head's keys and values stay in the second-level cache for all tiles; long
-    // contexts first, so that no thread is left with one at the end.
-    QueryTile query_tile(const Step& step, int index, int thread) const {
-        const Shape& s = shape_;
-        const int count = int(step.tiles->size()), head = index / count, group = s.num_heads / s.num_kv_heads;
-        const TokenTile& tile = (*step.tiles)[count - 1 - index % count];
-        const size_t width = size_t(s.num_heads) * s.head_dim;
-        const size_t at = size_t(tile.first_row) * width + size_t(head) * group * s.head_dim;
-        return {q_.get() + at,
-                attended_.get() + at,
-                width,
-                tile.num_rows,
-                group,
-                step.positions[tile.first_row] + 1,
-                head,
-                step.block_tables + size_t(tile.sequence) * step.table_width,
-                scratch_.get() + thread * scratch_stride_,
-                scores_stride_};
-    }
-
-    void attend(const Step& step, size_t cache_offset, int thread) {
-        const Shape& s = shape_;
-        const CacheView cache{step.keys + cache_offset, step.values + cache_offset, s.num_kv_heads,
-                              step.block_size, s.head_dim};
-        const float scale = 1.0f / std::sqrt(float(s.head_dim));
-        if (shares_contexts(step)) {
-            attend_span_by_span(step, cache, scale, thread);
-        } else {
-            space_.team.share(num_tiles(step), 1, [&](int index, int) {
-                space_.kernels->attend(query_tile(step, index, thread), cache, scale);
-            });
-        }
-        space_.team.barrier();
-    }
-
-    void attend_span_by_span(const Step& step, const CacheView& cache, float scale, int thread) {
-        const size_t stride = span_stride();
-        space_.team.share(num_tiles(step) * step.num_spans, 1, [&](int index, int) {
-            const QueryTile tile = query_tile(step, index / step.num_spans, thread);
-            const int span = index % step.num_spans;
-            if (span < spans(tile.context + tile.num_tokens - 1))
-                space_.kernels->attend_span(tile, cache, scale, span, span_sums_.get() + index * stride);
-        });
-        space_.team.barrier();
-        space_.team.share(num_tiles(step), 1, [&](int index, int) {
-            space_.kernels->join_spans(query_tile(step, index, thread), shape_.head_dim,
-                                       span_sums_.get() + size_t(index) * step.num_spans * stride, stride);
-        });
-    }
-
     // The step with the wanted rows alone, for all that follows its queries, keys and values.
     Step narrowed(const Step& step, int thread) {
         if (thread == 0) {
@@ -326,7 +259,9 @@ private:
             multiply(space_, prepared_, step.rows, {{layer.q, q_.get()}, {layer.k, k_.get()}, {layer.v, v_.get()}});
             rotate_and_store(step, layer, i * step.cache_layer);
             if (i + 1 == step.num_layers && wanted_.size() < step.rows) step = narrowed(step, thread);
-            attend(step, i * step.cache_layer, thread);
+            const CacheView cache{step.keys + i * step.cache_layer, step.values + i * step.cache_layer,
+                                  shape_.num_kv_heads, step.block_size, shape_.head_dim};
+            attention_.attend(step, q_.get(), attended_.get(), cache, thread);
             space_.prepare(kind(layer.o), attended_.get(), step.rows, width, prepared_, as_it_is);
             multiply(space_, prepared_, step.rows, {{layer.o, step.hidden, true}});
             prepare_normed(step, layer.ffn_norm, kind(layer.gate));
@@ -351,16 +286,16 @@ private:
 
     Workspace& space_;
     const Shape shape_;
+    SharedAttention attention_;
     const std::vector<float> final_norm_, cos_, sin_;
     const int max_positions_;
     std::vector<Layer> layers_;
     std::vector<TokenTile> tiles_;
     WantedTokens wanted_;
     Activations prepared_{};
-    size_t scores_stride_ = 0, scratch_stride_ = 0;
-    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_, scratch_, span_sums_;
+    std::unique_ptr<float[], AlignedFree> normed_, q_, k_, v_, attended_, gate_, up_;
     size_t normed_size_ = 0, q_size_ = 0, k_size_ = 0, v_size_ = 0, attended_size_ = 0, gate_size_ = 0,
-           up_size_ = 0, scratch_size_ = 0, span_sums_size_ = 0;
+           up_size_ = 0;
 };
 
 // out (rows, num_outputs) = x (rows, num_inputs) times the map

@@ -18,15 +18,15 @@ constexpr int kSumsTail = 8;       // floats after a query's sums of values: of 
 constexpr int kSampledChunk = 64;  // logits that sampling looks at together
 constexpr int kRowBlock = 96;  // rows per tile: their activations stay in the second-level cache
 
-// How weights are held, and what they are multiplied with: f32 with any of them, else int16 with int8 and
-// int8 with int4.
+// How weights are held, and what they are multiplied with: f32 with any of them, else bf16 with bf16, int16 with
+// int8 and int8 with int4.
 enum class WeightKind { f32, bf16, int8, int4 };
-enum class InputKind { f32, int16, int8 };
+enum class InputKind { f32, bf16, int16, int8 };
 
 // Weights (num_outputs, num_inputs), rearranged so that a panel is read front to back; padded with zeros to
 // whole panels and groups.
 //   f32:  [panel][input][16] float
-//   bf16: [panel][input][16] the upper halves of floats
+//   bf16: [panel][pair of inputs]{ 16 columns x 2 inputs, the upper halves of floats, the later input first }
 //   int8: [panel][group]{ scale f16[16]; [16 pairs]{ 16 columns x 2 inputs int8 } }
 //   int4: [panel][group]{ scale f16[16]; minimum f16[16]; [4]{ 16 columns x 4 inputs, two nibbles } }
 //         the low nibble is for input 4j + i of the group, the high one for 16 + 4j + i
@@ -50,6 +50,7 @@ constexpr int group_bytes(WeightKind kind) {
 // Rows of inputs of some kind, so that a tile is read front to back too. Rows come in blocks of kRowBlock, the
 // last one shorter; rounded inputs are padded with zeros to whole groups.
 //   f32:   values [block][strip of 6 rows, the last one shorter][input][row] float
+//   bf16:  the same, rounded; with AVX512_BF16 [pair of inputs][row] 2 inputs, the later one first
 //   int16: values [block][group][row][32], scales [block][group][row]
 //   int8:  values [block][group][row][32], scales and sums [block][group][row]
 struct Activations {
@@ -118,6 +119,7 @@ struct DecoderKernels {
 };
 
 // nullptr where the compiler or the processor has none.
+const DecoderKernels* decoder_kernels_avx512_bf16();
 const DecoderKernels* decoder_kernels_avx512();
 const DecoderKernels* decoder_kernels_avx2();
 const DecoderKernels* decoder_kernels_portable();

@@ -50,24 +50,29 @@ static inline int round_group(const float* x, float limit, Integer* values, floa
     return sum[0] + sum[1];
 }
 
-static inline void interleave(const float* x, int num_inputs, int count, float* out) {
+template <class Rounding>
+static inline void interleave(const float* x, int num_inputs, int count, float* out, const Rounding& rounding) {
     for (int k = 0; k < num_inputs; ++k)
-        for (int r = 0; r < count; ++r) *out++ = x[(size_t)r * num_inputs + k];
+        for (int r = 0; r < count; ++r) *out++ = rounding(x[(size_t)r * num_inputs + k]);
+}
+
+// A strip of float inputs, as they are or rounded.
+template <class Rounding>
+static inline void prepare_strip(const float* x, int num_inputs, int count, float* strip, const Rounding& rounding) {
+    if (count == kStrip) {
+        interleave(x, num_inputs, kStrip, strip, rounding);  // a constant, so that the inner loop is unrolled
+    } else {
+        interleave(x, num_inputs, count, strip, rounding);
+    }
 }
 
 static void prepare(InputKind kind, const float* x, int num_inputs, int num_rows, int first_row,
                     const Activations& out) {
     const int count = num_rows - first_row < kStrip ? num_rows - first_row : kStrip;
     x += (size_t)first_row * num_inputs;
-    if (kind == InputKind::f32) {
-        float* strip = (float*)out.values + (size_t)first_row * num_inputs;
-        if (count == kStrip) {
-            interleave(x, num_inputs, kStrip, strip);  // a constant, so that the inner loop is unrolled
-        } else {
-            interleave(x, num_inputs, count, strip);
-        }
-        return;
-    }
+    float* strip = (float*)out.values + (size_t)first_row * num_inputs;
+    if (kind == InputKind::f32) return prepare_strip(x, num_inputs, count, strip, [](float v) { return v; });
+    if (kind == InputKind::bf16) return prepare_strip(x, num_inputs, count, strip, to_bfloat16);
     const int num_groups = (num_inputs + kGroup - 1) / kGroup;
     const int block = first_row / kRowBlock * kRowBlock;
     const int block_rows = num_rows - block < kRowBlock ? num_rows - block : kRowBlock;

@@ -32,10 +32,12 @@ static inline void each_input(const unsigned char* group, const Body& body) {
 #pragma GCC unroll 32
         for (int i = 0; i < kGroup; ++i) body(i, _mm512_load_ps((const float*)group + i * kPanel));
     } else if constexpr (kKind == WeightKind::bf16) {
-#pragma GCC unroll 32
-        for (int i = 0; i < kGroup; ++i) {
-            const __m512i bits = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)group + i));
-            body(i, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+#pragma GCC unroll 16
+        for (int i = 0; i < kGroup; i += 2) {
+            const __m512i pair = _mm512_load_si512(group + 2 * i * kPanel);
+            body(i, _mm512_castsi512_ps(_mm512_and_si512(pair, upper)));
+            body(i + 1, _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)));
         }
     } else if constexpr (kKind == WeightKind::int8) {
         const __m512 scale = load_halves(group);

@@ -35,9 +35,11 @@ static inline void expand(WeightKind kind, const unsigned char* group, float* ou
     for (int half = 0; half < 2; ++half, out += 8) {
         const f32x8 scale = load_half(group + 16 * half);
         if (kind == WeightKind::bf16) {
-            for (int i = 0; i < kGroup; ++i) {
-                const i32x8 bits = widen(group + 2 * (i * kPanel + 8 * half)) << 16;
-                store(out + i * kPanel, (f32x8)bits);
+            for (int i = 0; i < kGroup; i += 2) {
+                i32x8 pair;
+                __builtin_memcpy(&pair, group + 2 * i * kPanel + 32 * half, sizeof pair);
+                store(out + i * kPanel, (f32x8)(pair & (int32_t)0xffff0000));
+                store(out + (i + 1) * kPanel, (f32x8)(pair << 16));
             }
         } else if (kind == WeightKind::int8) {
             for (int i = 0; i < kGroup; i += 2) {

@@ -79,6 +79,9 @@ Group round_int4(const float* x) {
     return g;
 }
 
+// Where in a group of bf16 weights an input of a column lies.
+size_t bf16_place(int input, int column) { return 4 * (input / 2 * kPanel + column) + 2 * (1 - input % 2); }
+
 // One column's group into its places; whether each value is kept.
 bool pack_group(WeightKind kind, const float* x, int column, unsigned char* group) {
     bool kept = true;
@@ -89,7 +92,7 @@ bool pack_group(WeightKind kind, const float* x, int column, unsigned char* grou
             uint32_t bits;
             std::memcpy(&bits, x + i, 4);
             const uint16_t half = to_bfloat16(bits);
-            std::memcpy(group + 2 * (i * kPanel + column), &half, 2);
+            std::memcpy(group + bf16_place(i, column), &half, 2);
             kept &= bits == uint32_t(half) << 16;
         }
     } else if (kind == WeightKind::int8) {
@@ -126,7 +129,7 @@ void unpack_group(WeightKind kind, const unsigned char* group, int column, float
             std::memcpy(x + i, group + 4 * (i * kPanel + column), 4);
         } else if (kind == WeightKind::bf16) {
             uint16_t half;
-            std::memcpy(&half, group + 2 * (i * kPanel + column), 2);
+            std::memcpy(&half, group + bf16_place(i, column), 2);
             const uint32_t bits = uint32_t(half) << 16;
             std::memcpy(x + i, &bits, 4);
         } else if (kind == WeightKind::int8) {
@@ -145,10 +148,8 @@ PackedLinear::PackedLinear(const float* weight, int num_outputs, int num_inputs,
                            bool round_inputs, const float* bias) {
     const int num_panels = (num_outputs + kPanel - 1) / kPanel, num_groups = (num_inputs + kGroup - 1) / kGroup;
     const size_t panel_bytes = size_t(group_bytes(kind)) * num_groups;
-    const InputKind inputs = !round_inputs              ? InputKind::f32
-                             : kind == WeightKind::int8 ? InputKind::int16
-                             : kind == WeightKind::int4 ? InputKind::int8
-                                                        : InputKind::f32;
+    const InputKind rounded[] = {InputKind::f32, InputKind::bf16, InputKind::int16, InputKind::int8};
+    const InputKind inputs = round_inputs ? rounded[int(kind)] : InputKind::f32;
     data_ = aligned_array<unsigned char>(num_panels * panel_bytes);
     weights_ = {kind, inputs, num_outputs, num_inputs, num_panels, num_groups, panel_bytes, data_.get()};
     for (int panel = 0; panel < num_panels; ++panel) pack_panel(weight, panel);

@@ -26,7 +26,7 @@ std::unique_ptr<T[], AlignedFree> aligned_array(size_t count) {
 
 class PackedLinear {
 public:
-    // weight (num_outputs, num_inputs) row by row. Inputs of int8 and int4 weights are rounded if asked for.
+    // weight (num_outputs, num_inputs) row by row. Inputs of bf16, int8 and int4 weights are rounded if asked for.
     PackedLinear(const float* weight, int num_outputs, int num_inputs, WeightKind kind, bool round_inputs,
                  const float* bias);
 

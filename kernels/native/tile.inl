@@ -1,3 +1,18 @@
+// While it lives, denormal numbers are zero, as results and as inputs.
+struct FlushedDenormals {
+#if defined(__SSE__)
+    // The memory clobbers keep arithmetic, which begins and ends in memory, on its side of the change.
+    FlushedDenormals() : before(__builtin_ia32_stmxcsr()) { set(before | 0x8040u); }
+    ~FlushedDenormals() { set(before); }
+    static void set(unsigned control) {
+        asm volatile("" ::: "memory");
+        __builtin_ia32_ldmxcsr(control);
+        asm volatile("" ::: "memory");
+    }
+    const unsigned before;
+#endif
+};
+
 // The tile of whatever kinds of weights and inputs. Included after the tiles of an instruction set.
 
 static void tile(const PackedWeights& w, int panel, const Activations& x, int first_row, int rows, float* out) {
@@ -7,6 +22,11 @@ static void tile(const PackedWeights& w, int panel, const Activations& x, int fi
         case InputKind::f32:
             tile_f32(w.kind, data, w.num_inputs, (const float*)x.values + (size_t)first_row * w.num_inputs, rows, out);
             break;
+        case InputKind::bf16: {
+            const FlushedDenormals as_bfloat16_instructions_do;
+            tile_f32(w.kind, data, w.num_inputs, (const float*)x.values + (size_t)first_row * w.num_inputs, rows, out);
+            break;
+        }
         case InputKind::int16:
             tile_int8(data, w.num_groups, (const int16_t*)x.values + group * kGroup, x.scales + group, rows, out);
             break;

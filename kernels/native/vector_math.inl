@@ -135,6 +135,16 @@ static inline i32x8 widen(const unsigned char* p) {
     return __builtin_convertvector(v, i32x8);
 }
 
+// Rounded to nearest even to the upper half of a float; a NaN does not become an infinity.
+static inline float to_bfloat16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits = x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u;
+    bits &= 0xffff0000u;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
 static inline float half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
     uint32_t bits;

@@ -17,7 +17,8 @@ namespace scone {
 // What the compiler and the processor have, best first.
 inline std::vector<const DecoderKernels*> available_kernels() {
     std::vector<const DecoderKernels*> found;
-    for (const DecoderKernels* kernels : {decoder_kernels_avx512(), decoder_kernels_avx2(), decoder_kernels_portable()})
+    for (const DecoderKernels* kernels : {decoder_kernels_avx512_bf16(), decoder_kernels_avx512(),
+                                          decoder_kernels_avx2(), decoder_kernels_portable()})
         if (kernels != nullptr) found.push_back(kernels);
     return found;
 }

@@ -221,18 +221,18 @@ class Bench:
         """Milliseconds of a replay alone, on the device; contexts are empty."""
         self.engine("graphs")
         runner: Any = self.runners["graphs"]
-        graphs = runner._graphs
         result = {}
         with torch.inference_mode():
-            for size in graphs.sizes:
-                runner._prepare_padding(size)
+            for shape in reversed(runner._shapes.all()):
+                runner._prepare_padding(shape)
                 events = [torch.cuda.Event(enable_timing=True) for _ in range(31)]  # type: ignore[no-untyped-call]
                 for event in events:
                     event.record()
-                    graphs.replay(size)
+                    runner._graphs.replay(shape)
                 torch.cuda.synchronize()
                 times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-                result[str(size)] = round(median(times), 4)
+                name = f"{'decode' if shape.decodes else 'mixed'} {shape.num_tokens}"
+                result[name] = round(median(times), 4)
         return result
 
     def close(self) -> None:

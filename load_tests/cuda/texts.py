@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.server.engine.layer_range import LayerRange
-from scone.server.engine.model_runner import ALL_LAYERS, ModelRunner
+from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
+from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.scheduler import Chunk
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from scone.server.api.completion_schema import Usage
-from scone.server.api.json_types import JsonBool, JsonInt, JsonModel
+from scone.server.api.json_types import JsonBool, JsonInt, JsonModel, text_or_list
 from scone.server.api.sampling_fields import INT64_MAX, MAX_LOGPROBS, SamplingFields
 
 
@@ -18,11 +18,17 @@ class TextPart(JsonModel):
     text: str
 
 
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Annotated[list[TextPart], Field(min_length=1)], Tag("<list>")],
+    Discriminator(text_or_list),
+]
+
+
 class ChatMessage(JsonModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Content
     name: str | None = None
 
     def for_template(self) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def _only_int_list(value: object) -> object:
     return value
 
 
+def text_or_list(value: object) -> str:
+    """The tag of a field that is a text or a list, in angle brackets, so that errors leave it out."""
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
 JsonInt = Annotated[int, BeforeValidator(_only_number)]
 JsonFloat = Annotated[float, BeforeValidator(_only_number), Field(allow_inf_nan=False)]
 JsonBool = StrictBool

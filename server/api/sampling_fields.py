@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from scone.server.api.json_types import JsonBool, JsonFloat, JsonInt, JsonModel, TokenIds
+from scone.server.api.json_types import JsonBool, JsonFloat, JsonInt, JsonModel, TokenIds, text_or_list
 from scone.server.errors import InvalidRequestError
 from scone.server.sequence import SamplingParams
 
@@ -18,6 +18,11 @@ MAX_N = 128
 INT64_MAX = 2**63 - 1
 
 StopText = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[StopText, Tag("<text>")]
+    | Annotated[Annotated[list[StopText], Field(max_length=MAX_STOPS)], Tag("<list>")],
+    Discriminator(text_or_list),
+]
 
 # Known from OpenAI's API or from other servers, and not done here: an answer that silently ignored
 # them would be wrong. The values listed ask for nothing and are accepted.
@@ -49,6 +54,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1, 1.0),
     "logits_processors": ([],),
     "lora_path": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_tokens_as_token_ids": (False,),
+    # Fields of completions, to which chat has nothing that corresponds.
+    "echo": (False,),
+    "add_special_tokens": (False,),
 }
 
 
@@ -82,15 +96,14 @@ class SamplingFields(JsonModel):
     min_p: Annotated[JsonFloat, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[JsonFloat, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[JsonFloat, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[JsonFloat, Field(gt=0, le=100)] = 1.0
+    # Logits are divided by it: with much less they would overflow float32.
+    repetition_penalty: Annotated[JsonFloat, Field(ge=0.01, le=100)] = 1.0
     logit_bias: LogitBias = Field(default_factory=dict, description="Token id to bias, -100 to 100.")
     seed: Annotated[JsonInt, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = Field(
         None, description="The same seed gives the same tokens, alone or in any batch."
     )
     n: Annotated[JsonInt, Field(ge=1, le=MAX_N)] = Field(1, description="Answers per prompt.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] = Field(
-        default_factory=list, description="The answer ends before the first of these."
-    )
+    stop: Stop = Field(default_factory=list, description="The answer ends before the first of these.")
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = Field(default_factory=list)
     include_stop_str_in_output: JsonBool = False
     min_tokens: Annotated[JsonInt, Field(ge=0, le=INT64_MAX)] = Field(
@@ -125,6 +138,8 @@ class SamplingFields(JsonModel):
         check_token_ids(list(logit_bias), vocab_size, "logit_bias")
         check_token_ids(self.stop_token_ids, vocab_size, "stop_token_ids")
         check_token_ids(self.allowed_token_ids or [], vocab_size, "allowed_token_ids")
+        # Each once: a long list of the same would take as many rows of the head.
+        allowed_ids = None if self.allowed_token_ids is None else tuple(dict.fromkeys(self.allowed_token_ids))
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -135,7 +150,7 @@ class SamplingFields(JsonModel):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=logit_bias,
-            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            allowed_token_ids=allowed_ids,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),

@@ -18,9 +18,11 @@ def run(settings: Resolved) -> int:
     # Here, because torch takes seconds and the checks above should not.
     from scone.cache import FGramTable
     from scone.model_store.checkpoint import open_checkpoint
+    from scone.server.model_device import model_device
 
     checkpoint = open_checkpoint(settings.model)
-    limits = engine_config(settings, checkpoint.config.max_position)
+    device = model_device(settings.device)
+    limits = engine_config(settings, checkpoint.config.max_position, on_cuda=device.type == "cuda")
     tokenizer = checkpoint.tokenizer()
     described = checkpoint.config
     print(f"model: {model_name(settings)}, {described.architecture}, {described.num_layers} layers")

@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import partial
 
 from scone.model_store.tuning_report import write_tuning_report
-from scone.model_store.tuning_study import TuningConfig, TuningStudy
+from scone.model_store.tuning_study import ROWS, TuningConfig, TuningStudy
 from scone.server.commands.study import config_settings, study_settings, train_and_report
 from scone.server.model_device import model_device
 from scone.server.settings import Command, Resolved, Setting
@@ -40,6 +40,7 @@ def run(settings: Resolved) -> int:
         settings.heldout,
         settings.out,
         model_device(settings.device),
+        settings.rows or ROWS,
     )
     return train_and_report(settings, study, write_tuning_report)
 
@@ -51,6 +52,7 @@ COMMAND = Command(
         Setting(name="model", help="the pretrained model: GGUF file or folder", required=True),
         Setting(name="fgrams", help="f-gram set from `scone count`", required=True),
         *study_settings("data/study-pretrained", "docs/quality/pretrained.md"),
+        Setting(name="rows", help="rows of the page to train (default: all)", many=True, choices=ROWS),
         *config_settings(TuningConfig(), HELPS),
     ),
     run=run,

@@ -19,6 +19,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._memo: dict[int, bytes] = {}
+        self._texts: dict[tuple[int, bool], str | None] = {}
 
     def __call__(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
         """Empty for special tokens, if they are skipped, and for ids that only the model's head knows."""
@@ -32,6 +33,16 @@ class TokenBytes:
                 known = b""
             self._memo[token_id] = known
         return known
+
+    def text(self, token_id: int, skip_special_tokens: bool) -> str | None:
+        """The same as text; None if the bytes are not whole characters."""
+        key = (token_id, skip_special_tokens)
+        if key not in self._texts:
+            try:
+                self._texts[key] = self(*key).decode()
+            except UnicodeDecodeError:
+                self._texts[key] = None
+        return self._texts[key]
 
 
 class Detokenizer:
@@ -55,13 +66,19 @@ class Detokenizer:
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_between_characters = True
         self._held = ""
         self.stop_string: str | None = None
 
     def append(self, token_id: int, *, may_stop: bool = True) -> str:
         """Text that is now certain. With `may_stop` false, stop strings that end here do not count."""
-        text = self._utf8.decode(self._token_bytes(token_id, self._skip_special_tokens))
-        return self._push(text, may_stop)
+        text = None
+        if self._is_between_characters:
+            text = self._token_bytes.text(token_id, self._skip_special_tokens)
+        if text is None:
+            text = self._utf8.decode(self._token_bytes(token_id, self._skip_special_tokens))
+            self._is_between_characters = not self._utf8.getstate()[0]
+        return self._push(text, may_stop) if self._stop else text
 
     def finish(self) -> str:
         """What was held back; an unfinished character becomes U+FFFD."""

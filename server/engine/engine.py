@@ -17,6 +17,7 @@ from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.model_store.decoder import Decoder
 from scone.model_store.tokenizer import Tokenizer
+from scone.server.engine.admission import check_request
 from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
@@ -92,6 +93,7 @@ class Engine:
         else:
             runner = model
         self._runner = runner
+        self._eos_ids = tokenizer.eos_ids
         self._core = EngineCore(config, runner, tokenizer, model_hash, observer or SilentObserver(), device)
         self.recycle_cost: RecycleCost | None = None
         if recycled is not None:
@@ -109,6 +111,7 @@ class Engine:
         self._open: dict[str, RequestRun] = {}
         self._num_queued_tokens = 0
         self._num_arrivals = 0
+        self._num_settled = 0  # sequences that had ended when the books were last looked through
         self._is_draining = False
         self._is_stopping = False
         self._last_step = time.monotonic()
@@ -158,7 +161,12 @@ class Engine:
     def submit_batch(self, batch: Sequence[tuple[GenerationRequest, OnDelta]]) -> None:
         """Admits all of the requests or none; raises as `submit` does."""
         for request, _ in batch:
-            self._check(request)
+            check_request(
+                request,
+                vocab_size=self._runner.vocab_size,
+                max_model_len=self.config.max_model_len,
+                eos_ids=self._eos_ids,
+            )
         num_tokens = sum(len(request.input_ids) for request, _ in batch)
         with self._changed:
             self._check_room(len(batch), num_tokens, {request.request_id for request, _ in batch})
@@ -257,38 +265,6 @@ class Engine:
 
     # -- admission -----------------------------------------------------------------------------
 
-    def _check(self, request: GenerationRequest) -> None:
-        """What must hold or the engine itself would suffer; finer checks are the caller's."""
-        ids = request.input_ids
-        longest = self.config.max_model_len
-        if not ids:
-            raise InvalidRequestError("the prompt is empty, wanted at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self._runner.vocab_size)
-            raise InvalidRequestError(
-                f"token id is {wrong}, wanted 0 <= id < {self._runner.vocab_size}", param="prompt"
-            )
-        # A full-length prompt can be scored but not continued.
-        if len(ids) + min(1, request.sampling.max_tokens) > longest:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, but the longest context here is {longest} "
-                "(prompt and completion)",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        sampling = request.sampling
-        for name, token_ids in (
-            ("logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("allowed_token_ids", sampling.allowed_token_ids or ()),
-        ):
-            for token_id in token_ids:
-                if not 0 <= token_id < self._runner.vocab_size:
-                    raise InvalidRequestError(
-                        f"{name} holds token id {token_id}, wanted 0 <= id < {self._runner.vocab_size}",
-                        param=name,
-                    )
-
     def _check_room(self, num_requests: int, num_tokens: int, request_ids: set[str]) -> None:
         if self._is_draining or not self.is_alive():
             raise UnavailableError("the engine is shutting down", code="shutting_down")
@@ -346,7 +322,11 @@ class Engine:
         return POSTED_WAIT_SECONDS if is_told else STARVED_WAIT_SECONDS
 
     def _forget_settled(self) -> None:
-        """Takes started requests off the queue's count and ended ones off the books."""
+        """Takes started requests off the queue's count and ended ones off the books, if there may be any."""
+        num_finished = self._core.num_finished
+        if not (self._queued or self._retired) and num_finished == self._num_settled:
+            return
+        self._num_settled = num_finished
         with self._changed:
             for request_id, run in list(self._queued.items()):
                 if run.started_at is not None or run.is_over:

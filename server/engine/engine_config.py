@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "bfloat16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch"]
 
 
@@ -25,7 +25,7 @@ class EngineConfig:
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         quantization: how linear maps are computed (native backend only): `none` in float32, on weights
             held in the smallest format that keeps every bit of them; `auto` with inputs rounded as well
-            where a quantised checkpoint stored weights in 8 or 4 bits, else as `none`.
+            where a checkpoint stored weights in bfloat16, 8 or 4 bits, else as `none`.
         backend: `native` kernels on a CPU, `triton` kernels on CUDA, or plain `torch`; `auto` is the first
             that can be used.
         enforce_eager: CUDA launches the kernels of each step one by one, where it would run a graph of them.

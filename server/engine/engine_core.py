@@ -105,6 +105,11 @@ class EngineCore:
         )
 
     @property
+    def num_finished(self) -> int:
+        """Sequences that have ended, a counter."""
+        return self._sequences.num_finished
+
+    @property
     def has_work(self) -> bool:
         return bool(self._sequences.by_seq)
 
@@ -200,22 +205,24 @@ class EngineCore:
         end = 0
         for generation, chunk in zip(generations, chunks, strict=True):
             begin, end = end, end + chunk.num_tokens
-            self._commit(generation, chunk, hidden[begin:end])
+            scheduler.commit(self.state, chunk)
+            if self._sequences.waits.has_read and generation.rows is not None:
+                generation.rows.drop_before(chunk.seq.num_computed_tokens)
+            if chunk.start < len(generation.run.request.input_ids):
+                self._commit_prompt(generation, chunk, hidden[begin:end])
             if generation.run.pooler is not None:
                 self._pool(generation, generation.run.pooler, chunk, hidden[begin:end])
             elif chunk.reaches_end:
-                sampling += [(g, end - 1) for g in self._fork(generation)]
+                started = (generation,) if generation.num_generated else self._fork(generation)
+                sampling += [(g, end - 1) for g in started]
         self._sample(hidden, sampling)
 
-    def _commit(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
-        """Notes that a chunk is computed: its hidden states are (num_tokens, dim)."""
+    def _commit_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
+        """Notes that a chunk of a prompt is computed: its hidden states are (num_tokens, dim)."""
         run = generation.run
-        scheduler.commit(self.state, chunk)
         if num_new := run.count_prompt_tokens(chunk.seq.num_computed_tokens):
             self.observer.on_prompt_tokens(num_new)
-        if self._sequences.waits.has_read and generation.rows is not None:
-            generation.rows.drop_before(chunk.seq.num_computed_tokens)
-        if self.recycler is not None and chunk.start < len(run.request.input_ids):
+        if self.recycler is not None:
             self.recycler.keep(generation, chunk, hidden)
         if generation.needs_prompt_logits:
             score_prompt(self._runner, run, chunk, hidden)
@@ -231,13 +238,13 @@ class EngineCore:
         self._sequences.finish(generation, replace(generation.delta(reason="stop"), embedding=embedding))
 
     def _fork(self, generation: Generation) -> list[Generation]:
-        """The sequences to sample from this one's logits: itself and, the first time, its siblings."""
+        """What to sample from the logits after a prompt: its sequence and, of the first one, siblings."""
         run = generation.run
         # The prompt is scored: from now on cached blocks will do, and the last token's state.
         generation.seq.reuse_prefix, generation.seq.wants_all_states = True, False
-        if len(run.generations) == run.request.n:
-            return [generation]
         started = [generation]
+        if len(run.generations) == run.request.n:
+            return started
         copies: list[tuple[int, int]] = []
         for index in range(1, run.request.n):
             seq = scheduler.Sequence(
@@ -265,7 +272,7 @@ class EngineCore:
         finished: list[tuple[Generation, Delta]] = []
         wanted = []
         for generation, row in sampling:
-            if generation.run.request.sampling.max_tokens == 0:
+            if not generation.num_generated and generation.run.request.sampling.max_tokens == 0:
                 finished.append((generation, generation.delta(reason="length")))
             else:
                 wanted.append((generation, row))
@@ -284,19 +291,23 @@ class EngineCore:
         self, generations: Sequence[Generation], tokens: Sequence[SampledToken]
     ) -> list[tuple[Generation, Delta]]:
         """Appends each token and asks for its row; requests of which one was not drawn are ended."""
-        now = time.monotonic()
-        for generation, token in zip(generations, tokens, strict=True):
-            if token.token_id is None and generation in self._sequences:
-                self._sequences.fail(generation, "the model's output is not finite", forget=True)
-        drawn = [(g, t) for g, t in zip(generations, tokens, strict=True) if g in self._sequences]
+        now, is_open = time.monotonic(), self._sequences.by_seq
+        if any([token.token_id is None for token in tokens]):
+            self._end_undrawn(generations, tokens)
+        drawn = [(g, t) for g, t in zip(generations, tokens, strict=True) if g.seq in is_open]
         # The reads are issued first: they go on while text is made and delivered.
         self._inputs.extend([g for g, token in drawn if g.append(token)])
         deltas = []
         for generation, token in drawn:
-            if generation in self._sequences:  # its f-gram could be looked for
+            if generation.seq in is_open:  # its f-gram could be looked for
                 generation.note_token_time(now, self.observer)
                 deltas.append((generation, generation.accept(token)))
         return deltas
+
+    def _end_undrawn(self, generations: Sequence[Generation], tokens: Sequence[SampledToken]) -> None:
+        for generation, token in zip(generations, tokens, strict=True):
+            if token.token_id is None and generation in self._sequences:
+                self._sequences.fail(generation, "the model's output is not finite", forget=True)
 
     # -- recycled states -----------------------------------------------------------------------
 

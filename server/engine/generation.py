@@ -11,7 +11,7 @@ from torch import Tensor
 from scone.server.engine import scheduler
 from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
-from scone.server.engine.layer_range import LayerRange
+from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
 from scone.server.engine.layer_states import LayerStates
 from scone.server.engine.observer import EngineObserver
 from scone.server.engine.pooling import Pooler
@@ -19,6 +19,8 @@ from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.sequence import Delta, FinishReason, GenerationRequest, RequestUsage, TokenLogprob
 
 OnDelta = Callable[[Delta], None]
+_Ending = tuple[FinishReason | None, str | int | None]
+"""Why a sequence ends, and which stop string or token did it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +71,8 @@ class RequestRun:
     @property
     def layers(self) -> LayerRange:
         """Those that the request's forward pass goes through."""
+        if self.first_layer == 0 and self.request.pooling is None:
+            return ALL_LAYERS
         return LayerRange(self.first_layer, self.num_layers)
 
     @property
@@ -107,6 +111,7 @@ class Generation:
     was_awaited: bool = False
     is_first_delta: bool = True
     num_kept_blocks: int = 0
+    _ending: _Ending = (None, None)
 
     @property
     def input_rows(self) -> SequenceRows | None:
@@ -124,13 +129,14 @@ class Generation:
         self.seq.token_ids.append(token.token_id)
         self.sampler.append(token.token_id)
         self.num_generated += 1
-        return self._end_after(token.token_id)[0] is None
+        self._ending = self._end_after(token.token_id)
+        return self._ending[0] is None
 
     def accept(self, token: SampledToken) -> Delta:
         """The delta of the token appended last; it has a finish reason if that was the last one."""
         assert token.token_id is not None
         params = self.run.request.sampling
-        reason, stop_reason = self._end_after(token.token_id)
+        reason, stop_reason = self._ending
         may_stop = self.num_generated >= params.min_tokens
         if reason == "stop" and not params.include_stop_str_in_output:
             text = ""
@@ -143,7 +149,7 @@ class Generation:
         logprobs = None if token.logprob is None else (token.logprob,)
         return self.delta(text, (token.token_id,), logprobs, reason, stop_reason)
 
-    def _end_after(self, token_id: int) -> tuple[FinishReason | None, str | int | None]:
+    def _end_after(self, token_id: int) -> _Ending:
         """Why the sequence ends with this token, just appended, whatever its text is."""
         params = self.run.request.sampling
         if token_id in params.stop_token_ids:

@@ -40,7 +40,6 @@ def sample_tokens(
     """The next token of each sequence, from its last hidden state: a row of `hidden` (num_tokens, dim)."""
     if not wanted:
         return []
-    restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]
     places = [row for _, row in wanted]
     if places != list(range(len(hidden))):
         hidden = hidden.index_select(0, to_device(torch.tensor(places), hidden.device))
@@ -50,6 +49,7 @@ def sample_tokens(
         return [
             SampledToken(t if f else None, None) for t, f in zip(token_ids.tolist(), is_finite, strict=True)
         ]
+    restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]
     if not any(restricted):
         logits = runner.logits(hidden)
     else:

@@ -15,3 +15,6 @@ class LayerRange(NamedTuple):
 
     first: int = 0
     end: int | None = None
+
+
+ALL_LAYERS = LayerRange()

@@ -24,15 +24,13 @@ from scone.model_store.decoder import Decoder
 from scone.server.engine.block_form import BlockForm
 from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
-from scone.server.engine.layer_range import LayerRange
+from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
 from scone.server.engine.torch_forward import TorchForward
 from scone.server.errors import SettingError
 
 logger = logging.getLogger(__name__)
-
-ALL_LAYERS = LayerRange()
 
 
 class Forward(Protocol):
@@ -169,7 +167,7 @@ class ModelRunner:
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
     ) -> Tensor:
         """Hidden states (num_tokens, dim), each chunk's through its layers: one pass for equal ranges."""
-        if len(set(ranges)) == 1:
+        if ranges.count(ranges[0]) == len(ranges):
             return self.forward(chunks, embeddings, ranges[0])
         sizes = [c.num_tokens for c in chunks]
         parts = list(torch.split(embeddings, sizes))
@@ -281,7 +279,7 @@ def choose_backend(decoder: Decoder, config: EngineConfig) -> str:
         return "native"
     for name, needed in (
         ("backend native", config.backend == "native"),
-        (f"quantization {config.quantization}", config.quantization in ("int8", "int4")),
+        (f"quantization {config.quantization}", config.quantization in ("bfloat16", "int8", "int4")),
         ("deterministic", config.deterministic),
     ):
         if needed:

@@ -139,8 +139,10 @@ def _rounded_kind(linears: Sequence[nn.Linear], quantization: Quantization) -> W
     """The kind that a setting means for these maps; None if they are to be computed in float32."""
     if quantization in ("int8", "int4"):
         return quantization
+    if quantization == "bfloat16":
+        return "bf16"
     if quantization == "auto":
-        kinds: tuple[WeightKind, ...] = ("int4", "int8")
+        kinds: tuple[WeightKind, ...] = ("int4", "int8", "bf16")
         for kind in kinds:
             if all(_keeps(linear.weight, kind) for linear in linears):
                 return kind

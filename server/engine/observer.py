@@ -79,9 +79,9 @@ class SilentObserver:
 
 def step_stats(state: SchedulerState, schedule: Schedule, seconds: float) -> StepStats:
     """Of a step that took so many seconds, with the scheduler's state after it."""
-    num_decode = sum(c.num_tokens == 1 for c in schedule.chunks)
+    num_decode = sum([c.num_tokens == 1 for c in schedule.chunks])
     return StepStats(
-        num_prefill_tokens=sum(c.num_tokens for c in schedule.chunks) - num_decode,
+        num_prefill_tokens=sum([c.num_tokens for c in schedule.chunks]) - num_decode,
         num_decode_tokens=num_decode,
         num_running=len(state.running),
         num_waiting=len(state.waiting),

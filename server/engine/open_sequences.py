@@ -27,6 +27,7 @@ class OpenSequences:
         by_seq: the sequences by what the scheduler knows them as.
         waits: which of them wait for f-gram rows.
         recycler: is told what ends, if states are kept.
+        num_finished: sequences that have ended, a counter.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class OpenSequences:
         self.observer = observer
         self.waits = RowWaits()
         self.recycler: Recycler | None = None
+        self.num_finished = 0
         self._state = state
         self._overlay = overlay
         self._tokenizer = tokenizer
@@ -101,6 +103,7 @@ class OpenSequences:
         self._close(generation, forget)
         run = generation.run
         run.num_open -= 1
+        self.num_finished += 1
         if self.recycler is not None:
             self.recycler.keep_result(generation, delta)
         seconds = time.monotonic() - run.submitted_at

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,17 +37,16 @@ class SamplerState:
         self.params = params
         seed = secrets.randbits(63) if params.seed is None else params.seed + index
         self._generator = np.random.Generator(np.random.Philox(seed % 2**64))
-        final_ids = {*(() if params.ignore_eos else eos_ids), *params.stop_token_ids}
-        self.edits = LogitEdits(params, prompt_ids, sorted(final_ids))
+        self.edits = LogitEdits(params, prompt_ids, sorted(params.final_ids(eos_ids)))
         self.is_greedy = params.temperature < GREEDY_BELOW
+        self._asks_for_the_best = (
+            self.is_greedy and params.logprobs is None and params.allowed_token_ids is None
+        )
 
     @property
     def takes_the_best(self) -> bool:
         """Whether the next token is that of the highest logit, and nothing else is asked of the logits."""
-        params = self.params
-        return (
-            self.is_greedy and params.logprobs is None and params.allowed_token_ids is None and not self.edits
-        )
+        return self._asks_for_the_best and not self.edits
 
     def append(self, token_id: int) -> None:
         """Counts a token that was generated."""
@@ -62,8 +61,7 @@ class SamplerState:
         return Draw(params.temperature, params.top_k, params.top_p, params.min_p, number)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """`token_id` is None where the logits were not finite."""
 
     token_id: int | None

@@ -22,6 +22,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from scone.cache.state_identity import extend_block_hashes
 from scone.server.engine.kv_blocks import BlockPool
@@ -82,8 +83,7 @@ class Sequence:
         return max(0, min(self.ready_to, len(self.token_ids)) - self.num_computed_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `[start, start + num_tokens)` of a sequence, to be computed in one step."""
 
     seq: Sequence
@@ -145,7 +145,7 @@ def add(state: SchedulerState, seq: Sequence) -> None:
 def schedule(state: SchedulerState) -> Schedule:
     """Chooses the next step and reserves its blocks; call `commit` for each chunk once computed."""
     result = Schedule()
-    budget = state.max_num_batched_tokens
+    budget, block_size = state.max_num_batched_tokens, state.pool.block_size
     served: set[int] = set()
     for seq in _serving_order(state):
         if budget == 0:
@@ -156,10 +156,12 @@ def schedule(state: SchedulerState) -> Schedule:
         if num_tokens == 0:
             result.starved.append(seq)
             continue
-        if not _reserve(state, seq, num_tokens, served, result):
+        start = seq.num_computed_tokens
+        has_blocks = start + num_tokens <= len(seq.block_ids) * block_size
+        if not (has_blocks or _reserve(state, seq, num_tokens, served, result)):
             continue
         served.add(id(seq))
-        result.chunks.append(Chunk(seq, seq.num_computed_tokens, num_tokens))
+        result.chunks.append(Chunk(seq, start, num_tokens))
         budget -= num_tokens
     if not result.preempted:
         _admit(state, budget, result)
@@ -172,7 +174,7 @@ def commit(state: SchedulerState, chunk: Chunk) -> None:
     num_full_before = seq.num_computed_tokens // pool.block_size
     seq.num_computed_tokens = chunk.start + chunk.num_tokens
     num_full = seq.num_computed_tokens // pool.block_size
-    if seq.root_hash:
+    if num_full > num_full_before and seq.root_hash:
         extend_block_hashes(seq.block_hashes, seq.root_hash, seq.token_ids, pool.block_size, num_full)
         for block in range(num_full_before, num_full):
             pool.register(seq.block_ids[block], seq.block_hashes[block])

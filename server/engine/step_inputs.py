@@ -8,7 +8,6 @@ before the host writes a buffer again it waits until the copy from it has run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from scone.cache.device import Device, Event, Stream
 from scone.kernels.paged_attention import PagedBatch
 from scone.server.engine.scheduler import Chunk
+from scone.server.engine.step_graphs import StepShape
 
 NUM_BUFFERS = 2
 """One is written while the copy from the other may still be to come."""
@@ -39,19 +39,6 @@ class Step(NamedTuple):
     input_ids: Tensor
     positions: Tensor
     batch: PagedBatch
-
-    @property
-    def decodes(self) -> bool:
-        """Whether each tile has one token."""
-        assert self.batch.tiles is not None
-        return self.batch.tiles.shape[1] == len(self.input_ids)
-
-    def first(self, num: int) -> Step:
-        """The first tokens of a step that decodes."""
-        batch = self.batch
-        assert batch.tiles is not None
-        some = replace(batch, slots=batch.slots[:num], tiles=batch.tiles[:, :num])
-        return Step(self.input_ids[:num], self.positions[:num], some)
 
 
 class _Buffer:
@@ -101,64 +88,73 @@ class StepInputs:
         self._target = memory.device[0]
         self._tables = self._target[self._num_values :].view(table_shape)
 
-    def put(self, chunks: Sequence[Chunk], num_padded: int = 0) -> Step:
+    def put(self, chunks: Sequence[Chunk], shape: StepShape | None = None) -> Step:
         """The chunks' inputs, one after the other; holds for work launched before the next call.
 
         Args:
-            num_padded: for chunks of one token each, how many tokens and tiles there shall be; those added
-                store nothing and have no queries. 0 adds none.
+            shape: how many tokens and tiles there shall be: those added store nothing and have no queries.
+                None adds none.
         """
         buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
         self._device.synchronize(buffer.copied)
         buffer.write_tables(chunks)
-        num_tokens = num_tiles = num_padded or len(chunks)
         if all([c.num_tokens == 1 for c in chunks]):
-            self._write_decode(buffer, chunks, num_tokens)
+            shape = shape or StepShape(len(chunks), len(chunks), True)
+            self._write_decode(buffer, chunks, shape)
         else:
-            num_tokens, num_tiles = self._write(buffer, chunks)
-        begin = self._num_values - 3 * (num_tokens + num_tiles)
+            shape = self._write(buffer, chunks, shape)
+        begin = self._num_values - 3 * (shape.num_tokens + shape.num_tiles)
         end = self._num_values + len(chunks) * self._tables.shape[1]
         self._device.launch(partial(self._target[begin:end].copy_, buffer.host[begin:end], non_blocking=True))
         self._device.record(buffer.copied, Stream.COMPUTE)
-        return self.step(num_tokens, num_tiles)
+        return self.step(shape)
 
-    def step(self, num_tokens: int, num_tiles: int) -> Step:
-        """Where the device finds the inputs of a step of this size: always in the same place."""
-        of_tokens, of_tiles = _parts(self._target[: self._num_values], num_tokens, num_tiles)
-        batch = PagedBatch(_NO_LENGTHS, _NO_LENGTHS, self._tables, of_tokens[2], of_tiles)
+    def step(self, shape: StepShape) -> Step:
+        """Where the device finds the inputs of a step of this shape: always in the same place."""
+        of_tokens, of_tiles = _parts(self._target[: self._num_values], shape)
+        batch = PagedBatch(
+            _NO_LENGTHS,
+            _NO_LENGTHS,
+            self._tables,
+            of_tokens[2],
+            of_tiles,
+            one_query_a_tile=shape.decodes,
+        )
         return Step(of_tokens[0], of_tokens[1], batch)
 
-    def _write_decode(self, buffer: _Buffer, chunks: Sequence[Chunk], num_padded: int) -> None:
+    def _write_decode(self, buffer: _Buffer, chunks: Sequence[Chunk], shape: StepShape) -> None:
         num = len(chunks)
-        of_tokens, of_tiles = _parts(buffer.values, num_padded, num_padded)
+        of_tokens, of_tiles = _parts(buffer.values, shape)
         starts = np.array([c.start for c in chunks], np.int32)
         of_tokens[0, :num] = [c.seq.token_ids[c.start] for c in chunks]
         of_tokens[1, :num] = starts
         of_tokens[2, :num] = self._slots(buffer, np.arange(num), starts)
-        of_tokens[:2, num:] = 0
-        of_tokens[2, num:] = -1
-        of_tiles[:2] = np.arange(num_padded)
-        of_tiles[2, :num], of_tiles[2, num:] = 1, 0
+        of_tiles[:2, :num] = np.arange(num)
+        of_tiles[2, :num] = 1
+        _pad(of_tokens, num, of_tiles, num)
 
-    def _write(self, buffer: _Buffer, chunks: Sequence[Chunk]) -> tuple[int, int]:
-        """Returns the numbers of tokens and tiles."""
+    def _write(self, buffer: _Buffer, chunks: Sequence[Chunk], shape: StepShape | None) -> StepShape:
+        """Returns the shape, which is that of the chunks where none is given."""
         sizes = np.array([c.num_tokens for c in chunks])
         ends = np.cumsum(sizes)
         num_tiles = -(-sizes // self._queries_per_tile)
         tile_ends = np.cumsum(num_tiles)
-        of_tokens, of_tiles = _parts(buffer.values, int(ends[-1]), int(tile_ends[-1]))
+        tokens, tiles = int(ends[-1]), int(tile_ends[-1])
+        shape = shape or StepShape(tokens, tiles, False)
+        of_tokens, of_tiles = _parts(buffer.values, shape)
         seqs, starts = np.arange(len(chunks)), np.array([c.start for c in chunks])
-        of_tokens[0] = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
-        of_tokens[1] = positions
-        of_tokens[2] = self._slots(buffer, np.repeat(seqs, sizes), positions)
-        within = np.arange(tile_ends[-1]) - np.repeat(tile_ends - num_tiles, num_tiles)
+        of_tokens[0, :tokens] = [t for c in chunks for t in c.seq.token_ids[c.start : c.start + c.num_tokens]]
+        positions = np.arange(tokens) + np.repeat(starts - (ends - sizes), sizes)
+        of_tokens[1, :tokens] = positions
+        of_tokens[2, :tokens] = self._slots(buffer, np.repeat(seqs, sizes), positions)
+        within = np.arange(tiles) - np.repeat(tile_ends - num_tiles, num_tiles)
         begins = within * self._queries_per_tile
-        of_tiles[0] = np.repeat(seqs, num_tiles)
-        of_tiles[1] = np.repeat(ends - sizes, num_tiles) + begins
-        of_tiles[2] = np.minimum(np.repeat(sizes, num_tiles) - begins, self._queries_per_tile)
-        return int(ends[-1]), int(tile_ends[-1])
+        of_tiles[0, :tiles] = np.repeat(seqs, num_tiles)
+        of_tiles[1, :tiles] = np.repeat(ends - sizes, num_tiles) + begins
+        of_tiles[2, :tiles] = np.minimum(np.repeat(sizes, num_tiles) - begins, self._queries_per_tile)
+        _pad(of_tokens, tokens, of_tiles, tiles)
+        return shape
 
     def _slots(
         self, buffer: _Buffer, seqs: NDArray[np.int64], positions: NDArray[np.integer]
@@ -168,8 +164,15 @@ class StepInputs:
         return block_ids * size + positions % size
 
 
-def _parts(values: _Values, num_tokens: int, num_tiles: int) -> tuple[_Values, _Values]:
+def _parts(values: _Values, shape: StepShape) -> tuple[_Values, _Values]:
     """The last values as (3, num_tokens): ids, positions, slots; and (3, num_tiles): `PagedBatch.tiles`."""
-    begin = len(values) - 3 * (num_tokens + num_tiles)
-    middle = begin + 3 * num_tokens
-    return values[begin:middle].reshape(3, num_tokens), values[middle:].reshape(3, num_tiles)
+    begin = len(values) - 3 * (shape.num_tokens + shape.num_tiles)
+    middle = begin + 3 * shape.num_tokens
+    return values[begin:middle].reshape(3, -1), values[middle:].reshape(3, -1)
+
+
+def _pad(of_tokens: NDArray[np.int32], num_tokens: int, of_tiles: NDArray[np.int32], num_tiles: int) -> None:
+    """What comes after so many tokens and tiles does nothing."""
+    of_tokens[:2, num_tokens:] = 0
+    of_tokens[2, num_tokens:] = -1
+    of_tiles[:, num_tiles:] = 0

@@ -97,12 +97,13 @@ class TritonForward:
         num_layers: int | None = None,
         first_layer: int = 0,
     ) -> Tensor:
-        """As `TorchForward.forward`; the embeddings' memory is used."""
+        """As `TorchForward.forward`; the embeddings' memory is used.
+
+        Positions and slots may go on after those of the tokens, as in a step that was padded.
+        """
         config = self._config
         num_tokens, num_heads = len(embeddings), config.num_heads
         hidden, delta = embeddings, None
-        assert batch.tiles is not None
-        decodes = batch.tiles.shape[1] == num_tokens
         attended = torch.empty(
             num_tokens, num_heads, config.head_dim, dtype=hidden.dtype, device=hidden.device
         )
@@ -121,9 +122,7 @@ class TritonForward:
                 keys,
                 values,
             )
-            paged_attention(
-                qkv[:, :num_heads], positions, batch, keys, values, attended, one_query_a_tile=decodes
-            )
+            paged_attention(qkv[:, :num_heads], positions, batch, keys, values, attended)
             delta = layer.o(attended.view(num_tokens, -1))
             x = add_norm(hidden, delta, layer.ffn_norm, config.norm_eps)
             delta = layer.down(gated_activation(layer.gate_up(x)))

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from scone.cache import FGramTable, TableConfig
 from scone.cache.direct_reader import DirectReader
 from scone.cache.errors import CacheError, RowReadError
-from scone.cache.memory_limit import available_bytes, cgroup_headroom
+from scone.cache.memory_limit import available_bytes
 from scone.kernels.checksum import crc32c_pages
-from scone.kernels.disk_read import RowsOut, SpanReader, Spans, Sums, open_span_reader, uring_available
-from scone.kernels.row_codec import CODECS, RowCodec
+from scone.kernels.disk_read import RowsOut, SpanReader, Spans, Sums
+from scone.kernels.row_codec import CODECS
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS
 from scone.model_store.table_files import open_table_files
@@ -246,72 +246,6 @@ def test_direct_reads_check_a_page_each_time(tables: dict[tuple[str, str], Path]
             table.rows([2000, 3000])
 
 
-def check_decoding(reader: SpanReader, content: NDArray[np.uint8], generator: np.random.Generator) -> None:
-    """Rows of 500 bytes in pages read as spans of any length, some of them across two spans."""
-    codec = RowCodec("raw", "bfloat16", 250)
-    sizes = generator.integers(1, 4, 40) * 4096
-    places = np.cumsum(sizes) - sizes
-    buffer = np.zeros(int(sizes.sum()), np.uint8)
-    row_offsets = np.sort(generator.integers(0, len(buffer) - 500, 300))
-    assert any(((row_offsets < place) & (row_offsets + 500 > place)).any() for place in places.tolist())
-    targets = generator.permutation(400)[:300]
-    out = torch.full((400, 250), 3.0, dtype=torch.bfloat16)
-    spans = Spans(places, sizes, places)
-    reader.read(spans, buffer, None, RowsOut(row_offsets, targets, codec, out))
-    np.testing.assert_array_equal(buffer, content[: len(buffer)])
-    for offset, target in zip(row_offsets.tolist(), targets.tolist(), strict=True):
-        assert out[target].view(torch.uint8).numpy().tobytes() == content[offset : offset + 500].tobytes()
-    untouched = np.setdiff1d(np.arange(400), targets)
-    assert (out[untouched] == 3.0).all()
-    with pytest.raises(ValueError, match="not in order"):
-        reader.read(spans, buffer, None, RowsOut(row_offsets[::-1].copy(), targets, codec, out))
-
-
-def spans_of(offsets: list[int], sizes: list[int], places: list[int]) -> Spans:
-    return Spans(np.array(offsets), np.array(sizes), np.array(places))
-
-
-@pytest.mark.parametrize("use_uring", [True, False])
-@pytest.mark.parametrize("depth", [1, 3, 64])
-def test_spans_are_read_at_any_depth(tmp_path: Path, use_uring: bool, depth: int) -> None:
-    content = np.random.default_rng(0).integers(0, 256, 1_000_003, dtype=np.uint8)
-    (tmp_path / "file").write_bytes(content.tobytes())
-    generator = np.random.default_rng(depth)
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
-    try:
-        reader = open_span_reader(fd, depth, use_uring=use_uring)
-        assert reader.name == ("io_uring" if use_uring and uring_available() else "pread")
-        for num_spans in (1, 2, 7, 300):
-            sizes = generator.integers(1, 5000, num_spans)
-            offsets = generator.integers(0, len(content) - 5000, num_spans)
-            places = np.cumsum(sizes) - sizes
-            buffer = np.zeros(int(sizes.sum()), np.uint8)
-            reader.read(Spans(offsets, sizes, places), buffer)
-            expected = np.concatenate([content[o : o + s] for o, s in zip(offsets, sizes, strict=True)])
-            np.testing.assert_array_equal(buffer, expected)
-        check_decoding(reader, content, generator)
-        pages = generator.permutation(240)[:200]
-        buffer, sums = np.zeros(200 * 4096, np.uint8), np.zeros(200, np.uint32)
-        places = np.arange(200) * 4096
-        reader.read(Spans(pages * 4096, np.full(200, 4096), places), buffer, sums)
-        np.testing.assert_array_equal(sums, crc32c_pages(buffer, 4096))
-        np.testing.assert_array_equal(buffer[:4096], content[pages[0] * 4096 :][:4096])
-        with pytest.raises(ValueError, match="within a page"):
-            reader.read(spans_of([0], [30], [5]), buffer, sums)
-        with pytest.raises(ValueError, match="does not fit"):
-            reader.read(spans_of([0], [4097], [0]), buffer, sums[:1])
-        buffer = buffer[:25]
-        with pytest.raises(OSError, match="ended early"):
-            reader.read(spans_of([0, len(content) - 10], [5, 20], [0, 5]), buffer[:25])
-        with pytest.raises(ValueError, match="does not fit"):
-            reader.read(spans_of([0], [30], [0]), buffer[:25])
-    finally:
-        os.close(fd)
-    closed = open_span_reader(1_000_000, depth, use_uring=use_uring)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        closed.read(spans_of([0, 1], [5, 5], [0, 5]), np.zeros(10, np.uint8))
-
-
 def test_without_io_uring_threads_read(
     tables: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -386,21 +320,3 @@ def test_impossible_settings_are_named() -> None:
         with pytest.raises(CacheError, match=next(iter(wrong))):
             TableConfig(**wrong)
     assert 0 < TableConfig(ram_bytes=None).ram_plan(10**18, 1, 0).num_rows < available_bytes()
-
-
-def test_the_tightest_cgroup_limit_counts(tmp_path: Path) -> None:
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "memory/a").mkdir(parents=True)
-    cgroup = tmp_path / "cgroup"
-    cgroup.write_text("0::/a/b\n")
-    assert cgroup_headroom(cgroup, tmp_path) is None
-    (tmp_path / "a/memory.max").write_text("1000\n")
-    (tmp_path / "a/memory.current").write_text("400\n")
-    (tmp_path / "a/b/memory.max").write_text("max\n")
-    (tmp_path / "a/b/memory.current").write_text("300\n")
-    assert cgroup_headroom(cgroup, tmp_path) == 600
-    cgroup.write_text("4:memory:/a\n")
-    (tmp_path / "memory/a/memory.limit_in_bytes").write_text("500\n")
-    (tmp_path / "memory/a/memory.usage_in_bytes").write_text("800\n")
-    assert cgroup_headroom(cgroup, tmp_path) == 0
-    assert cgroup_headroom(tmp_path / "nowhere", tmp_path) is None

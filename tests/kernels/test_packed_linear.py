@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from scone.kernels.extension import native
 from scone.kernels.packed_linear import (
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="the native extension was
 KINDS: list[WeightKind] = ["f32", "bf16", "int8", "int4"]
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def workspace(request: pytest.FixtureRequest) -> Workspace:
     if request.param not in INSTRUCTION_SETS:
         pytest.skip(f"this processor has no {request.param}")
@@ -94,13 +95,49 @@ def test_a_map_knows_whether_it_kept_its_weights(kind: WeightKind) -> None:
 
 @pytest.mark.skipif("avx512" not in INSTRUCTION_SETS, reason="this processor has no avx512")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_inputs", [300, 576])
+@pytest.mark.parametrize("num_inputs", [31, 300, 576, 600])
 def test_avx512_gives_the_bits_of_avx2(kind: WeightKind, num_inputs: int) -> None:
+    """With and without its bfloat16 products."""
     torch.manual_seed(6)
     linear = PackedLinear(torch.randn(70, num_inputs), kind)
-    x = torch.randn(77, num_inputs)
-    ours, theirs = (linear(Workspace(1, instruction_set=name), x) for name in ("avx512", "avx2"))
-    assert torch.equal(ours, theirs)
+    for rows in (1, 5, 8, 12, 17, 77):
+        x = torch.randn(rows, num_inputs)
+        first, *others = (linear(Workspace(1, instruction_set=name), x) for name in INSTRUCTION_SETS[:-1])
+        assert all(torch.equal(bits(first), bits(other)) for other in others)
+
+
+@pytest.mark.parametrize("num_inputs", [31, 300, 600])
+def test_bfloat16_products_are_float32_ones_of_rounded_values(workspace: Workspace, num_inputs: int) -> None:
+    """vdpbf16ps takes inputs in pairs; each sum is rounded by itself all the same, front to back."""
+    torch.manual_seed(10)
+    weight = torch.randn(70, num_inputs) * torch.randn(70, num_inputs).exp()
+    x = torch.randn(53, num_inputs) * torch.randn(53, num_inputs).exp()
+    ours = PackedLinear(weight, "bf16")(workspace, x)
+    plain = PackedLinear(weight, "bf16", round_inputs=False)(workspace, x.bfloat16().float())
+    assert torch.equal(ours, plain)
+    assert not torch.equal(ours, PackedLinear(weight, "bf16", round_inputs=False)(workspace, x))
+
+
+@pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="this processor has no avx2")
+@pytest.mark.parametrize("exponents", [(-63, -63), (-128, 2), (2, -128)])
+def test_bfloat16_products_flush_denormals_with_every_instruction_set(exponents: tuple[int, int]) -> None:
+    """As vdpbf16ps does, which asks no control register: weights, inputs, products and sums near 2^-126."""
+    torch.manual_seed(11)
+    weight, x = (
+        torch.randn(rows, 64) * (torch.randint(-3, 4, (rows, 64)) + exponent).double().exp2()
+        for rows, exponent in zip((40, 13), exponents, strict=True)
+    )
+    weight, x = weight.float(), x.float()
+    linear = PackedLinear(weight, "bf16")
+    first, *others = (linear(Workspace(1, instruction_set=name), x) for name in INSTRUCTION_SETS[:-1])
+    assert all(torch.equal(bits(first), bits(other)) for other in others)
+    assert ((first == 0) | (first.abs() >= torch.finfo(torch.float32).tiny)).all()
+    kept = PackedLinear(weight, "bf16", round_inputs=False)(Workspace(1), x.bfloat16().float())
+    assert not torch.equal(kept, first)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
 
 
 def test_rounding_errors_are_as_small_as_the_formats_allow() -> None:

@@ -75,24 +75,26 @@ def test_attention_is_the_references(
     # tokens lie further apart than their heads take, as in the product of queries, keys and values
     q = torch.randn(len(positions), num_heads + 2, head_dim, dtype=dtype, device=device)[:, :num_heads]
     out = torch.empty(q.shape, dtype=dtype, device=device)
-    decodes = all(num_queries == 1 for num_queries, _ in seqs)
-    if decodes:
+    if batch.one_query_a_tile:
         assert triton_attention.splits_for(len(seqs), num_kv_heads) > 1
-    triton_attention.paged_attention(q, positions, batch, k_cache, v_cache, out, one_query_a_tile=decodes)
+    triton_attention.paged_attention(q, positions, batch, k_cache, v_cache, out)
     close(out, paged_attention_reference(q, k_cache, v_cache, batch, head_dim**-0.5))
 
 
-def test_a_tile_without_queries_is_passed_over(device: torch.device) -> None:
-    batch, positions = paged_batch(DECODE, 1, device)
+@pytest.mark.parametrize(
+    "seqs", [DECODE, [(1, 1), (1, 17), (2, 300), (1, 64), (2, 65)]], ids=["decode", "mixed"]
+)
+def test_a_tile_without_queries_is_passed_over(seqs: list[tuple[int, int]], device: torch.device) -> None:
+    batch, positions = paged_batch(seqs, 2, device)
     assert batch.tiles is not None
     batch.tiles[2, 3] = 0
     num_blocks = int(batch.block_tables.max()) + 1
     k_cache, v_cache = torch.randn(2, num_blocks, 2, BLOCK_SIZE, 16, device=device)
-    q = torch.randn(5, 4, 16, device=device)
+    q = torch.randn(len(positions), 4, 16, device=device)
     out = torch.empty_like(q)
-    triton_attention.paged_attention(q, positions, batch, k_cache, v_cache, out, one_query_a_tile=True)
+    triton_attention.paged_attention(q, positions, batch, k_cache, v_cache, out)
     expected = paged_attention_reference(q, k_cache, v_cache, batch, 0.25)
-    others = torch.tensor([0, 1, 2, 4], device=device)
+    others = torch.arange(len(positions), device=device) != batch.tiles[1, 3]
     close(out[others], expected[others])
 
 
@@ -118,6 +120,7 @@ def paged_batch(
         block_tables=tables.to(device),
         slots=torch.empty(0, dtype=torch.int32),
         tiles=torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device),
+        one_query_a_tile=all(num == 1 for num, _ in seqs),
     )
     return batch, positions.to(device)
 

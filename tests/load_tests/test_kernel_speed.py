@@ -16,7 +16,7 @@ def test_every_piece_of_every_step_is_measured(
     tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Checkpoint:
-        decoder = staticmethod(lambda: tiny_decoder)
+        decoder = staticmethod(lambda dtype: tiny_decoder)
 
     out = tmp_path / "speed.json"
     monkeypatch.setattr(kernel_speed, "open_checkpoint", lambda path: Checkpoint)

@@ -10,7 +10,7 @@ from scone.kernels.extension import native
 from scone.model_store.decoder import Decoder
 from scone.server.engine.engine_config import EngineConfig, Quantization
 
-QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "int4")
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "bfloat16", "int8", "int4")
 
 
 @pytest.mark.skipif(native is None, reason="the native extension was not built")
@@ -28,9 +28,10 @@ def test_fewer_bits_cost_more(tiny_decoder: Decoder) -> None:
         )
         for quantization in QUANTIZATIONS
     ]
-    none, int8, int4 = (cost["kl_nats"] for cost in costs)
+    none, bfloat16, int8, int4 = (cost["kl_nats"] for cost in costs)
     assert abs(none) < 1e-6
     assert 1e-6 < int8 < int4
+    assert 1e-6 < bfloat16 < int4
     assert costs[0]["same_best_token"] == 1.0
     assert costs[0]["perplexity"] == pytest.approx(
         compare(reference, reference, texts)["perplexity"], rel=1e-4

@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.count import count_fgrams
 from scone.model_store.study_report import read_logs
 from scone.model_store.token_corpus import TokenCorpus
-from scone.model_store.tuning_study import TuningConfig, arms_of
+from scone.model_store.tuning_study import ROWS, TuningConfig, TuningStudy, arms_of
 from scone.server.cli import main
 
 SMALL = {
@@ -63,3 +64,20 @@ def test_what_was_trained_on_the_frozen_model_is_kept_and_can_be_built(study: Pa
     assert trained.model_hash == open_checkpoint(main_path).model_hash
     assert trained.fgram_model(trained.decoder()) is not None
     assert not (study / "work/runs/main-fgrams-0/scone.json").exists()
+
+
+def test_rows_may_be_chosen(main_path: Path, tmp_path: Path, study: Path) -> None:
+    def names(rows: tuple[str, ...]) -> list[str]:
+        source = [json.decoder.__file__], [json.encoder.__file__], tmp_path
+        opened = TuningStudy(
+            TuningConfig(num_seeds=2),
+            str(main_path),
+            str(study / "set.fgrams"),
+            *source,
+            torch.device("cpu"),
+            rows,
+        )
+        return [run.name for run in opened.runs()]
+
+    assert names(("base", "control")) == ["control-0", "base-0", "control-1"]
+    assert len(names(ROWS)) == len(ROWS) + 2

@@ -6,11 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from scone.server.api.config import ApiConfig
 from scone.server.cli import load_commands, main
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.errors import SettingError
+from scone.server.model_device import spare_cache_bytes
 from scone.server.serve_settings import SERVE_SETTINGS, api_config, engine_config, model_name
 from scone.server.settings import Resolved, Setting, describe, parse_bool, parse_bytes, resolve
 from scone.server.settings_document import settings_markdown
@@ -114,9 +116,27 @@ def test_every_limit_of_the_server_and_the_engine_is_a_setting() -> None:
 
 def test_defaults_are_those_of_the_parts() -> None:
     assert api_config(serve_settings()) == ApiConfig()
-    assert engine_config(serve_settings(), max_position=2048) == EngineConfig(max_model_len=2048)
+    config = engine_config(serve_settings(), max_position=2048, on_cuda=False)
+    assert config == EngineConfig(max_model_len=2048)
     assert model_name(serve_settings()) == "tiny"
     assert model_name(serve_settings(served_model_name="other")) == "other"
+
+
+def test_a_gpu_takes_larger_steps_unless_told_otherwise() -> None:
+    config = engine_config(serve_settings(), max_position=2048, on_cuda=True)
+    assert config == EngineConfig(max_model_len=2048, max_num_seqs=256, max_num_batched_tokens=2048)
+    told = serve_settings(max_num_seqs="4", max_num_batched_tokens="64", kv_cache_bytes="5MB")
+    config = engine_config(told, max_position=2048, on_cuda=True)
+    assert (config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_bytes) == (4, 64, 5_000_000)
+
+
+def test_what_the_cache_may_take_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    device = torch.device("cuda", 0)
+    assert spare_cache_bytes(device, 0) == 800
+    assert spare_cache_bytes(device, 500) == 400
+    with pytest.raises(SettingError, match=r"device_bytes is 1000, wanted less than .* 1000 bytes"):
+        spare_cache_bytes(device, 1000)
 
 
 def test_key_file(tmp_path: Path) -> None:
@@ -141,7 +161,7 @@ def test_bad_limits_of_the_server(name: str, value: str) -> None:
 @pytest.mark.parametrize(("name", "value"), [("max_model_len", "4096"), ("block_size", "0")])
 def test_bad_limits_of_the_engine(name: str, value: str) -> None:
     with pytest.raises(SettingError, match=name):
-        engine_config(serve_settings(**{name: value}), max_position=2048)
+        engine_config(serve_settings(**{name: value}), max_position=2048, on_cuda=False)
 
 
 def test_settings_document_is_current() -> None:

@@ -176,6 +176,7 @@ def test_overflow_is_cut_to_the_context(server: Any) -> None:
         ({"logit_bias": {"7": 101}}, "logit_bias"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"stop_token_ids": [300]}, "stop_token_ids"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
@@ -186,6 +187,7 @@ def test_overflow_is_cut_to_the_context(server: Any) -> None:
         ({"suffix": "x"}, "suffix"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"bad_words": ["x"]}, "bad_words"),
+        ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     ],
 )
 def test_bad_field(server: Any, fields: dict[str, Any], param: str) -> None:
@@ -196,6 +198,22 @@ def test_bad_field(server: Any, fields: dict[str, Any], param: str) -> None:
     assert error["type"] == "invalid_request_error"
     assert error["param"].split(".")[0] == param
     assert server.state.in_flight == set()
+
+
+@pytest.mark.parametrize(
+    ("stop", "param", "sentence"),
+    [
+        (3, "stop", "stop: Input should be a valid string (got 3)."),
+        ([None], "stop.0", "stop.0: Input should be a valid string (got None)."),
+        (["a"] * 17, "stop", "stop: List should have at most 16 items after validation, not 17"),
+    ],
+)
+def test_the_form_that_was_meant_is_the_one_that_is_wrong(
+    server: Any, stop: Any, param: str, sentence: str
+) -> None:
+    error = server.post("/v1/completions", prompt="a", stop=stop).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(sentence)
 
 
 def test_fields_that_ask_for_nothing_are_accepted(server: Any) -> None:
@@ -243,7 +261,7 @@ def test_sampling_fields_reach_the_engine(scripted_server: Any, scripted: Any) -
         prompt="ab", temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-3, stop="x",
         logit_bias={"7": -100}, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5,
         min_tokens=2, ignore_eos=True,
-        stop_token_ids=[9], allowed_token_ids=[70, 71], include_stop_str_in_output=True,
+        stop_token_ids=[9], allowed_token_ids=[70, 71, 70], include_stop_str_in_output=True,
         skip_special_tokens=False, max_tokens=4.0,
     )  # fmt: skip
     sampling = scripted.requests[-1].sampling

@@ -10,6 +10,11 @@ from scone.server.sequence import Delta
 
 from .conftest import Outcome, World
 
+BLOCK_SIZE = 8
+"""Tokens of a world's blocks, and the bytes of one: 3 layers of keys and values, 2 heads of 16 floats."""
+
+BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * BLOCK_SIZE
+
 
 class Counting(SilentObserver):
     """Counts what was computed and what was restored."""

@@ -18,7 +18,8 @@ from scone.model_store.table_header import HEADER_BYTES
 from scone.server.engine.input_rows import InputRows, read_ahead
 from scone.server.engine.row_waits import RowWaits
 
-from .conftest import DictTable, Outcome, World, random_prompt
+from .conftest import Outcome, World, random_prompt
+from .dict_table import DictTable
 
 pytestmark = pytest.mark.skipif(not uring_available(), reason="io_uring is not allowed here")
 

@@ -22,7 +22,8 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.input_rows import read_ahead
 from scone.server.engine.model_runner import ModelRunner
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 from .recycled_world import counted
 from .restarts import Restarts
 
@@ -104,14 +105,17 @@ def test_greedy_tokens_are_the_cpus(
 def test_a_graphs_states_are_the_eager_ones(
     on_cuda: MakeWorld, dict_table: DictTable, num_seqs: int, dtype: torch.dtype
 ) -> None:
-    """Bit for bit where the batch is not padded: the same kernels on the same shapes."""
+    """Bit for bit where no step is padded: the same kernels on the same shapes."""
+    cuda_runner = pytest.importorskip("scone.server.engine.cuda_runner")
     dict_table.slow = set()
 
     def logprobs(**config: Any) -> list[list[float]]:
-        # the prompts go through in one step, so that all that follow are full batches
+        # the prompts go through in one step, of a graph's size, so that all that follow are full batches
         world = on_cuda(dict_table, dtype=dtype, max_num_batched_tokens=128, **config)
-        outcomes = [world.add(random_prompt(seed, 9), max_tokens=12, logprobs=0) for seed in range(num_seqs)]
+        outcomes = [world.add(random_prompt(seed, 16), max_tokens=12, logprobs=0) for seed in range(num_seqs)]
         world.run()
+        assert isinstance(world.runner, cuda_runner.CudaRunner)
+        assert world.runner.num_replays == (0 if config else 12)
         return [o.logprobs() for o in outcomes]
 
     assert logprobs() == logprobs(enforce_eager=True)

@@ -14,7 +14,8 @@ from scone.cache.sim_device import SimDevice
 from scone.model_store.fgram_set import FGramSet
 from scone.server.engine.input_rows import read_ahead
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 

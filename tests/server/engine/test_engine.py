@@ -23,7 +23,8 @@ from scone.server.engine.input_rows import InputRows
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
-from .conftest import DictTable, Outcome, naive_greedy, random_prompt
+from .conftest import Outcome, naive_greedy, random_prompt
+from .dict_table import DictTable
 
 MakeEngine = Callable[..., Engine]
 
@@ -152,6 +153,10 @@ def test_a_batch_is_admitted_whole_or_not_at_all(make_engine: MakeEngine, dict_t
         (request("a", [5], logit_bias={300: 1.0}), "logit_bias holds token id 300"),
         (request("a", [5], stop_token_ids=(999,)), "stop_token_ids holds token id 999"),
         (request("a", [5], allowed_token_ids=(-4,)), "allowed_token_ids holds token id -4"),
+        (
+            request("a", [5], allowed_token_ids=(7,), stop_token_ids=(7,), min_tokens=2),
+            "min_tokens is 2, but every token of allowed_token_ids ends the answer",
+        ),
     ],
 )
 def test_what_can_never_be_served_is_refused(

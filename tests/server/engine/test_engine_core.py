@@ -14,7 +14,8 @@ from scone.cache.errors import RowReadError
 from scone.kernels.extension import native
 from scone.model_store.decoder import Decoder
 
-from .conftest import DictTable, World, naive_greedy, naive_logits, random_prompt
+from .conftest import World, naive_greedy, naive_logits, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 
@@ -305,7 +306,7 @@ def test_ends(make_world: MakeWorld, tiny_decoder: Decoder) -> None:
 
 
 @pytest.mark.skipif(native is None, reason="the native extension was not built")
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
 def test_deterministic_mode(make_world: MakeWorld, dict_table: DictTable, quantization: str) -> None:
     """The same bits alone, in a batch, cold, warm, chunked, preempted and forked."""
     settings: dict[str, Any] = {"deterministic": True, "quantization": quantization}

@@ -22,7 +22,7 @@ from scone.kernels.packed_linear import (
 )
 from scone.model_store.decoder import Decoder
 from scone.server.engine import native_forward
-from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.engine_config import EngineConfig, Quantization
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.native_forward import NativeForward
@@ -49,7 +49,7 @@ def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_forward, "Workspace", workspace)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     use_instruction_set(request.param, monkeypatch)
 
@@ -110,28 +110,35 @@ def test_equals_torch(shape: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
 
 
-def test_int8_equals_torch_on_the_rounded_weights() -> None:
+@pytest.mark.parametrize(
+    ("quantization", "kind", "tolerance"),
+    [("int8", "int8", 2e-3), ("bfloat16", "bf16", 5e-2)],  # inputs are rounded to 16 bits, 8 of them mantissa
+)
+def test_equals_torch_on_the_rounded_weights(
+    quantization: Quantization, kind: WeightKind, tolerance: float
+) -> None:
     decoder = random_decoder()
     rounded = copy.deepcopy(decoder)
     for name, parameter in rounded.layers.named_parameters():
         if parameter.dim() == 2:
             assert "proj" in name
-            parameter.copy_(rounded_weight_reference(parameter, "int8"))
-    ours = hidden_states(ModelRunner(decoder, replace(CONFIG, quantization="int8")), PROMPTS, [16])
+            parameter.copy_(rounded_weight_reference(parameter, kind))
+    ours = hidden_states(ModelRunner(decoder, replace(CONFIG, quantization=quantization)), PROMPTS, [16])
     oracle = hidden_states(ModelRunner(rounded, replace(CONFIG, backend="torch")), PROMPTS, [16])
     for a, b in zip(ours, oracle, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # inputs are rounded to 16 bits
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
 def test_avx512_gives_the_bits_of_avx2(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without its bfloat16 products."""
     decoder = random_decoder(num_heads=6, num_kv_heads=2, head_dim=40, dim=48, ffn_dim=80, qk_norm=True)
     states = []
-    for name in ("avx512", "avx2"):
+    for name in INSTRUCTION_SETS[:-1]:
         use_instruction_set(name, monkeypatch)
         config = replace(CONFIG, quantization=quantization, block_size=16, max_num_seqs=16)  # type: ignore[arg-type]
         states.append(torch.cat(hidden_states(ModelRunner(decoder, config), PROMPTS, [16, 33])))
-    assert torch.equal(*states)
+    assert all(torch.equal(states[0], others) for others in states[1:])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_same_bits_with_blocks_of_any_size(shape: dict[str, Any], monkeypatch: p
 
 
 @pytest.mark.usefixtures("_instruction_set")
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
 def test_same_bits_in_any_batch_and_chunking(quantization: str) -> None:
     config = replace(CONFIG, quantization=quantization)  # type: ignore[arg-type]
     decoder = random_decoder()
@@ -254,7 +261,7 @@ def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
 
 def test_settings_that_need_native_kernels_say_so() -> None:
     decoder = random_decoder()
-    for wrong in ({"quantization": "int8"}, {"deterministic": True}):
+    for wrong in ({"quantization": "int8"}, {"quantization": "bfloat16"}, {"deterministic": True}):
         with pytest.raises(SettingError, match="needs the native CPU kernels, but backend is torch"):
             ModelRunner(decoder, replace(CONFIG, backend="torch", **wrong))
     odd = random_decoder(head_dim=20)
@@ -264,15 +271,29 @@ def test_settings_that_need_native_kernels_say_so() -> None:
 
 
 def test_auto_takes_the_format_that_keeps_the_weights() -> None:
-    decoder = random_decoder()
-    stored: list[WeightKind] = ["int4", "int8"]
+    decoder = random_decoder(num_layers=4)
+    stored: list[WeightKind] = ["int4", "int8", "bf16"]
     for block, kind in zip(decoder.layers, stored, strict=False):
         for linear in block.children():
             if isinstance(linear, torch.nn.Linear):
                 linear.weight.copy_(rounded_weight_reference(linear.weight, kind))
     forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
-    assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["f32"] * 7
-    assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 21
+    assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7 + ["f32"] * 7
+    assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 28
+    assert NativeForward(decoder, "bfloat16", num_threads=1, max_model_len=16).kinds == ["bf16"] * 28
+
+
+def test_auto_computes_a_bfloat16_checkpoint_as_bfloat16_does() -> None:
+    decoder = random_decoder()
+    for parameter in decoder.parameters():
+        parameter.copy_(parameter.bfloat16())
+    configs: list[Quantization] = ["auto", "bfloat16", "none"]
+    auto, bfloat16, none = (
+        torch.cat(hidden_states(ModelRunner(decoder, replace(CONFIG, quantization=q)), PROMPTS, [16]))
+        for q in configs
+    )
+    assert torch.equal(auto, bfloat16)
+    assert not torch.equal(auto, none)
 
 
 def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

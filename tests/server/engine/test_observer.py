@@ -9,7 +9,8 @@ import pytest
 from scone.server.engine.observer import SilentObserver
 from scone.server.sequence import GenerationRequest
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 8

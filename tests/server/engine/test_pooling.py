@@ -14,7 +14,8 @@ from scone.kernels.extension import native
 from scone.model_store.decoder import CausalAttention, Decoder
 from scone.server.sequence import PoolingParams
 
-from .conftest import DictTable, Outcome, World, naive_greedy, random_prompt
+from .conftest import Outcome, World, naive_greedy, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 PROMPTS = [random_prompt(seed, length) for seed, length in enumerate((1, 2, 7, 16, 17, 40, 63, 128))]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
 import torch
 
 from scone.cache.recycled_store import RecycledStore
-from scone.server.engine import recycler as recycler_module
-from scone.server.engine.scheduler import Status
 
-from .conftest import DictTable, World, random_prompt
-from .recycled_world import MakeWorld, answer, counted, facts, num_cached
+from .conftest import World, random_prompt
+from .dict_table import DictTable
+from .recycled_world import BLOCK_BYTES, BLOCK_SIZE, MakeWorld, answer, counted, facts, num_cached
 from .restarts import RAM_BYTES, Restarts, SlowStore
-
-BLOCK_SIZE = 8
 
 
 def test_cold_memory_ram_disk_and_restart_give_the_same_bits(
@@ -102,11 +98,10 @@ def test_many_prompts_in_small_chunks_and_few_blocks(
         first = make_world(dict_table, store=restarts.open())
         for prompt in some:
             answer(first, prompt, max_tokens=3)
-    block_bytes = 3 * 2 * 2 * 16 * 4 * BLOCK_SIZE
     for limits in (
-        {"max_num_batched_tokens": 8, "kv_cache_bytes": block_bytes * 16},
+        {"max_num_batched_tokens": 8, "kv_cache_bytes": BLOCK_BYTES * 16},
         {"max_num_batched_tokens": 16, "max_num_seqs": 3},
-        {"kv_cache_bytes": block_bytes * 20, "max_num_seqs": 12},
+        {"kv_cache_bytes": BLOCK_BYTES * 20, "max_num_seqs": 12},
     ):
         world = make_world(dict_table, store=restarts.open(0), **limits)
         counting = counted(world)
@@ -237,7 +232,7 @@ def test_of_a_small_cache_only_a_part_is_held_for_the_writer(
     store = restarts.open()
     release = threading.Event()
     inner, store._writer._sink.holds = store.holds, lambda name: release.wait(60) and inner(name)  # type: ignore[method-assign]
-    world = make_world(store=store, kv_cache_bytes=3 * 2 * 2 * 16 * 4 * BLOCK_SIZE * 16)
+    world = make_world(store=store, kv_cache_bytes=BLOCK_BYTES * 16)
     outcomes = [world.add(random_prompt(i, 100), max_tokens=3) for i in range(4)]
     for _ in range(500):
         world.step()
@@ -246,142 +241,6 @@ def test_of_a_small_cache_only_a_part_is_held_for_the_writer(
     release.set()
     world.run()
     assert all(len(o.tokens()) == 3 for o in outcomes)
-
-
-# -- nobody waits --------------------------------------------------------------------------------
-
-
-def slow_world(
-    make_world: MakeWorld, restarts: Restarts, prompt: list[int], call: str, **limits: Any
-) -> tuple[World, SlowStore]:
-    """A world whose store holds `prompt` and answers no `call` until it is released."""
-    answer(make_world(store=restarts.open()), prompt)
-    store = restarts.open(kind=SlowStore)
-    assert isinstance(store, SlowStore)
-    store.held, store.released = frozenset({call}), threading.Event()
-    return make_world(store=store, **limits), store
-
-
-@pytest.mark.parametrize("call", ["locate", "read"])
-def test_a_slow_store_delays_nobody_else(
-    make_world: MakeWorld, restarts: Restarts, call: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 60.0)  # also where steps are slow
-    prompt = random_prompt(10, 100)
-    cold = facts(answer(make_world(), prompt))
-    world, store = slow_world(make_world, restarts, prompt, call)
-    waiting = world.add(prompt, max_tokens=6, logprobs=2)
-    others = [world.add([200, 201 + i], max_tokens=20) for i in range(2)]
-    if call == "locate":  # their own look-ups are held too
-        others = []
-        store.held = frozenset()
-        other = world.add([200], max_tokens=20)  # has no full block: nothing is asked for it
-        others.append(other)
-        store.held = frozenset({call})
-    began = time.monotonic()
-    while any(not o.deltas or o.last().finish_reason is None for o in others):
-        world.step()
-        assert time.monotonic() - began < 30
-    assert not waiting.deltas
-    if call == "read":
-        (seq,) = world.core.state.running
-        assert seq.status is Status.RESTORING
-    store.released.set()
-    world.run()
-    assert facts(waiting) == cold
-
-
-@pytest.mark.parametrize("call", ["locate", "read"])
-def test_what_takes_too_long_is_computed(
-    make_world: MakeWorld, restarts: Restarts, call: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 0.05)
-    prompt = random_prompt(11, 100)
-    cold = facts(answer(make_world(), prompt))
-    world, store = slow_world(make_world, restarts, prompt, call)
-    counting = counted(world)
-    first, second = (world.add(prompt, max_tokens=6, logprobs=2) for _ in range(2))
-    while world.core.has_work:
-        world.step()
-    assert facts(first) == facts(second) == cold
-    assert counting.num_restored == 0
-    third = world.add(random_prompt(12, 40), max_tokens=1)  # nothing is asked for a while
-    queries = store.stats.queries.total()
-    while world.core.has_work:
-        world.step()
-    assert len(third.tokens()) == 1
-    assert store.stats.queries.total() == queries
-    store.released.set()
-    world.run()
-
-
-class LateStore(SlowStore):
-    """Writes what is no state, when nobody waits for it any more."""
-
-    def read(self, kind: Any, key: Any, token_ids: Any, out: Any = None) -> None:
-        self._wait("read")
-        out[:] = 255
-
-
-def test_a_read_that_ends_late_writes_to_nobodys_blocks(
-    make_world: MakeWorld, restarts: Restarts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks are read straight into the cache: those of a restore that was given up are nobody's by then."""
-    monkeypatch.setattr(recycler_module, "LOOK_UP_PATIENCE_SECONDS", 0.05)
-    prompt = random_prompt(17, 100)
-    cold = facts(answer(make_world(), prompt, max_tokens=30))
-    answer(make_world(store=restarts.open()), prompt)
-    store = restarts.open(kind=LateStore)
-    assert isinstance(store, LateStore)
-    store.held, store.released = frozenset({"read"}), threading.Event()
-    world = make_world(store=store)
-    late = world.add(prompt, max_tokens=30, logprobs=2)
-    while len(late.tokens()) < 5:
-        world.step()
-    assert world.core.recycler is not None
-    assert world.core.recycler.restorer.landings.num_in_use > 0
-    store.released.set()
-    while world.core.recycler.restorer.landings.num_in_use:
-        world.step()
-    world.run()
-    assert facts(late) == cold
-
-
-@pytest.mark.parametrize("num_rounds", range(14))
-def test_cancelled_at_any_moment(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, num_rounds: int
-) -> None:
-    prompt = random_prompt(13, 100)
-    cold = facts(answer(make_world(dict_table, store=restarts.open()), prompt))
-    world = make_world(dict_table, store=restarts.open(0), max_num_batched_tokens=16)
-    for _ in range(2):
-        world.add(prompt, max_tokens=6)
-    for _ in range(num_rounds):
-        world.step()
-        time.sleep(0.0005)
-    world.core.abort(world.runs[0])
-    if num_rounds % 2:
-        world.core.abort(world.runs[1])
-    world.run()
-    assert facts(answer(world, prompt)) == cold
-
-
-def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) -> None:
-    prompt = random_prompt(14, 100)
-    cold = facts(answer(make_world(), prompt))
-    block_bytes = 3 * 2 * 2 * 16 * 4 * BLOCK_SIZE
-    world, store = slow_world(make_world, restarts, prompt, "read", kv_cache_bytes=block_bytes * 17)
-    old = world.add([200, 201], max_tokens=60)
-    while not old.deltas:
-        world.step()
-    young = world.add(prompt, max_tokens=6, logprobs=2)
-    (generation,) = world.runs[-1].generations
-    while generation.seq.num_preemptions == 0:
-        world.step()
-    store.released.set()
-    world.run()
-    assert facts(young) == cold
-    assert len(old.tokens()) == 60
 
 
 # -- what is kept --------------------------------------------------------------------------------

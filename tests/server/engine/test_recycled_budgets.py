@@ -13,7 +13,8 @@ from scone.cache.recycled_config import LEAST_DISK_BYTES
 from scone.cache.recycled_record import state_key
 from scone.cache.recycled_store import RecycledStore
 
-from .conftest import DictTable, random_prompt
+from .conftest import random_prompt
+from .dict_table import DictTable
 from .recycled_world import MakeWorld, answer, counted, facts, num_cached
 from .restarts import Restarts
 

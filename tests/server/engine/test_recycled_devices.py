@@ -14,7 +14,8 @@ from scone.cache.sim_device import SimDevice
 from scone.server.engine import block_landing
 from tests.conftest import Forgetful
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 from .recycled_world import Counting, MakeWorld, answer, counted
 from .restarts import Restarts
 

@@ -18,7 +18,8 @@ from scone.server.sequence import (
     TokenLogprob,
 )
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 from .recycled_world import MakeWorld, answer, counted, facts, num_cached
 from .restarts import Restarts
 

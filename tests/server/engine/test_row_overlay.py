@@ -11,7 +11,8 @@ import torch
 from scone.cache.sim_device import SimDevice
 from tests.conftest import Forgetful
 
-from .conftest import DictTable, World, random_prompt
+from .conftest import World, random_prompt
+from .dict_table import DictTable
 
 MakeWorld = Callable[..., World]
 NUM_SEEDS = 25
