@@ -31,7 +31,7 @@ from scone.cache.table_index import TableIndex
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.look_up import look_up_newest
 from scone.kernels.match import Matches
-from scone.kernels.row_target import RowTarget
+from scone.kernels.row_target import IdTarget, RowTarget
 from scone.model_store.errors import TableError
 from scone.model_store.manifest import TableManifest
 from scone.model_store.table_files import TableFiles, open_table_files
@@ -214,14 +214,12 @@ class FGramTable:
         self,
         sequences: list[list[int]],
         row_ids: list[list[int]],
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
+        out: IdTarget,
     ) -> int:
         """As `match_last`, of whole sequences of token ids: appends each one's row id to its list of row ids.
 
         Args:
-            wanted: (at least batch,) int64; the ids that are not -1, one after the other, are written here.
-            places: (at least batch,) int64; whose they are.
+            out: takes the ids that are not -1, and whose they are.
 
         Returns:
             How many are not -1.
@@ -229,7 +227,10 @@ class FGramTable:
         Raises:
             RowReadError: the index is damaged or cannot be read; nothing was appended.
         """
-        return self._index.match_newest(sequences, row_ids, wanted, places)
+        try:
+            return self._index.matcher.match_newest(sequences, row_ids, out)
+        except DamagedDataError as error:
+            raise self._index.read_error(error) from None
 
     def look_up_newest(
         self,

@@ -221,8 +221,7 @@ class _MemoryLookups:
         return self._table.match(self._prompts[i])[0]
 
     def _match_step(self, i: int) -> object:
-        newest = self._newest
-        return self._table.match_newest(self._step_lists[i], self._row_ids, newest.row_ids, newest.places)
+        return self._table.match_newest(self._step_lists[i], self._row_ids, self._newest)
 
     def _read_prompt(self, i: int) -> None:
         ids = self._match_prompt(i)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from scone.cache.errors import RowReadError
@@ -53,18 +52,6 @@ class TableIndex:
     def match_last(self, windows: NDArray[Any]) -> Matches:
         try:
             return self.matcher.match_last(windows)
-        except DamagedDataError as error:
-            raise self.read_error(error) from None
-
-    def match_newest(
-        self,
-        sequences: list[list[int]],
-        row_ids: list[list[int]],
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
-    ) -> int:
-        try:
-            return self.matcher.match_newest(sequences, row_ids, wanted, places)
         except DamagedDataError as error:
             raise self.read_error(error) from None
 

@@ -64,7 +64,7 @@ def look_up_reference(
     if ends != [(position, position) for position in positions]:
         return None
     found: list[list[int]] = [[] for _ in sequences]
-    num_wanted = matcher.match_newest(sequences, found, out.row_ids, out.places)
+    num_wanted = matcher.match_newest(sequences, found, out)
     wanted = out.row_ids[:num_wanted]
     if num_wanted and wanted.max() >= memory.num_rows:
         return None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scone.kernels import fgram_hash
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.extension import native
+from scone.kernels.row_target import IdTarget
 
 MAX_N = 16
 """The longest f-gram the kernels look for; the paper uses 5."""
@@ -121,14 +122,12 @@ class Matcher:
         self,
         sequences: list[list[int]],
         row_ids: list[list[int]],
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
+        out: IdTarget,
     ) -> int:
         """Appends the row id at the last position of each sequence of token ids to its list of row ids.
 
         Args:
-            wanted: (at least batch,) the ids that are not -1, one after the other, are written here.
-            places: (at least batch,) whose they are.
+            out: takes the ids that are not -1, and whose they are.
 
         Returns:
             How many are not -1.
@@ -143,10 +142,10 @@ class Matcher:
             for row_id, its_row_ids in zip(found.tolist(), row_ids, strict=True):
                 its_row_ids.append(row_id)
             where = np.flatnonzero(found >= 0)
-            wanted[: len(where)], places[: len(where)] = found[where], where
+            out.row_ids[: len(where)], out.places[: len(where)] = found[where], where
             return len(where)
         assert native is not None
-        num_wanted: int = native.match_newest(self.native, sequences, row_ids, wanted, places)
+        num_wanted: int = native.match_newest(self.native, sequences, row_ids, out.native)
         if num_wanted < 0:
             raise_fault(FAULTS - num_wanted)
         return num_wanted

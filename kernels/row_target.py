@@ -13,21 +13,33 @@ from scone.kernels.extension import native
 from scone.kernels.gather import check_out
 
 
-class RowTarget:
-    """Room for one row of each sequence of a decode step, and for what the rows are.
+class IdTarget:
+    """Room for what the rows of a decode step are, at most one for each of its sequences.
 
     Made once for memory that is written again and again: to tell native code of an array takes longer than to
     copy a row.
 
     Attributes:
-        rows: (num_rows, dim).
-        row_ids, places: (at least num_rows,) int64: the rows that there are, one after the other, and whose
-            they are.
-        by_place: whether row k goes to rows[places[k]]; else to rows[k].
+        row_ids, places: (n,) int64: the rows that there are, one after the other, and whose they are.
         native: what the native functions take; None without the extension.
     """
 
-    __slots__ = ("by_place", "native", "places", "row_ids", "rows")
+    __slots__ = ("native", "places", "row_ids")
+
+    def __init__(self, row_ids: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        self.row_ids, self.places = row_ids, places
+        self.native: Any = None if native is None else native.IdTarget(row_ids, places)
+
+
+class RowTarget(IdTarget):
+    """Room for the rows themselves too.
+
+    Attributes:
+        rows: (num_rows, dim), at most as many as there is room for ids.
+        by_place: whether row k goes to rows[places[k]]; else to rows[k].
+    """
+
+    __slots__ = ("by_place", "rows")
 
     def __init__(
         self, rows: Tensor, row_ids: NDArray[np.int64], places: NDArray[np.int64], *, by_place: bool = False
@@ -35,8 +47,8 @@ class RowTarget:
         """Raises ValueError: `rows` cannot take decoded rows, or an array is shorter."""
         num_rows, dim = rows.shape if rows.dim() == 2 else (-1, -1)
         address, stride_bytes, dtype_id = check_out(rows, num_rows, dim)
-        self.rows, self.row_ids, self.places, self.by_place = rows, row_ids, places, by_place
-        self.native: Any = None
+        super().__init__(row_ids, places)
+        self.rows, self.by_place = rows, by_place
         if native is not None:
             self.native = native.RowTarget(
                 address, num_rows, dim, stride_bytes, dtype_id, by_place, row_ids, places

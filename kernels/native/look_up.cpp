@@ -69,9 +69,10 @@ static NewestMatches match_lists(const Matcher& matcher, nb::list sequences, Py_
     return found;
 }
 
-// Appends each sequence's row id to its list; those that are rows go to `wanted` as well, and whose they are to
-// `places`. Returns how many these are.
-static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, int64_t* wanted, int64_t* places) {
+// Appends each sequence's row id to its list; those that are rows go to `out` as well, and whose they are.
+// Returns how many these are.
+static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, const IdTarget& out) {
+    int64_t *wanted = out.row_ids(), *places = out.places();
     int64_t num_wanted = 0;
     for (size_t i = 0; i < rows.size(); i++) {
         nb::object id = nb::steal(PyLong_FromLongLong(rows[i]));
@@ -85,14 +86,12 @@ static int64_t append_rows(const std::vector<int64_t>& rows, nb::list row_ids, i
 }
 
 // Returns the number of rows, or kFaults - fault; then nothing was appended.
-static int64_t match_newest(const Matcher& matcher, nb::list sequences, nb::list row_ids, Out1<int64_t> wanted,
-                            Out1<int64_t> places) {
+static int64_t match_newest(const Matcher& matcher, nb::list sequences, nb::list row_ids, const IdTarget& out) {
     Py_ssize_t batch = checked_batch(sequences, row_ids);
-    if (Py_ssize_t(wanted.size()) < batch || Py_ssize_t(places.size()) < batch)
-        throw std::invalid_argument("wanted or places is shorter than the batch");
+    if (out.room() < batch) throw std::invalid_argument("out has less room than there are sequences");
     NewestMatches found = match_lists(matcher, sequences, batch);
     if (found.fault != kNoFault) return kFaults - found.fault;
-    return append_rows(found.rows, row_ids, wanted.data(), places.data());
+    return append_rows(found.rows, row_ids, out);
 }
 
 // The same, for inputs positions[i] of the sequences, and the rows: all that there is to know of them goes to `out`.
@@ -115,7 +114,7 @@ static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::lis
         if (row >= memory.num_rows()) return kElsewhere;
     for (int64_t row : found.rows)
         if (row >= 0) memory.ask_for_row(row);
-    int64_t num_wanted = append_rows(found.rows, row_ids, out.row_ids(), out.places());
+    int64_t num_wanted = append_rows(found.rows, row_ids, out);
     if (out.by_place)
         memory.gather(found.rows.data(), batch, 0, memory.num_rows(), out.memory, 1);
     else
@@ -124,13 +123,15 @@ static int64_t look_up_newest(const Matcher& matcher, RowMemory& memory, nb::lis
 }
 
 void register_look_up(nb::module_& m) {
-    nb::class_<RowTarget>(m, "RowTarget")
+    nb::class_<IdTarget>(m, "IdTarget")
+        .def(nb::init<Out1<int64_t>, Out1<int64_t>>(), nb::arg("row_ids").noconvert(), nb::arg("places").noconvert());
+    nb::class_<RowTarget, IdTarget>(m, "RowTarget")
         .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int, bool, Out1<int64_t>, Out1<int64_t>>(), nb::arg("rows"),
              nb::arg("num_rows"), nb::arg("dim"), nb::arg("stride_bytes"), nb::arg("dtype"), nb::arg("by_place"),
              nb::arg("row_ids").noconvert(), nb::arg("places").noconvert())
         .def("move_to", &RowTarget::move_to);
     m.def("match_newest", &match_newest, nb::arg("matcher"), nb::arg("sequences").noconvert(),
-          nb::arg("row_ids").noconvert(), nb::arg("wanted").noconvert(), nb::arg("places").noconvert());
+          nb::arg("row_ids").noconvert(), nb::arg("out"));
     m.def("look_up_newest", &look_up_newest, nb::arg("matcher"), nb::arg("memory"),
           nb::arg("sequences").noconvert(), nb::arg("row_ids").noconvert(), nb::arg("positions").noconvert(),
           nb::arg("out"));

@@ -15,20 +15,31 @@ namespace nb = nanobind;
 
 namespace scone {
 
-class RowTarget {
+class IdTarget {
+  public:
+    IdTarget(Out1<int64_t> row_ids, Out1<int64_t> places) : row_ids_(row_ids), places_(places) {}
+
+    int64_t room() const { return int64_t(std::min(row_ids_.size(), places_.size())); }
+    int64_t* row_ids() const { return row_ids_.data(); }
+    int64_t* places() const { return places_.data(); }
+
+  private:
+    Out1<int64_t> row_ids_, places_;
+};
+
+class RowTarget : public IdTarget {
   public:
     RowTarget(uintptr_t rows, int64_t num_rows, int64_t dim, int64_t stride_bytes, int type, bool by_place,
               Out1<int64_t> row_ids, Out1<int64_t> places)
-        : memory{reinterpret_cast<uint8_t*>(rows), stride_bytes, FloatType(type)},
+        : IdTarget(row_ids, places),
+          memory{reinterpret_cast<uint8_t*>(rows), stride_bytes, FloatType(type)},
           by_place(by_place),
-          row_ids_(row_ids),
-          places_(places),
           dim_(dim) {
         move_to(rows, num_rows);
     }
 
     void move_to(uintptr_t rows, int64_t num_rows) {
-        if (num_rows > int64_t(std::min(row_ids_.size(), places_.size())))
+        if (num_rows > room())
             throw std::invalid_argument("row_ids or places is shorter than the rows");
         memory.data = reinterpret_cast<uint8_t*>(rows);
         num_rows_ = num_rows;
@@ -42,14 +53,10 @@ class RowTarget {
                                         ") or more rows");
     }
 
-    int64_t* row_ids() const { return row_ids_.data(); }
-    int64_t* places() const { return places_.data(); }
-
     RowMemory::Target memory;
     const bool by_place;  // the row of sequence i goes to row i; else the rows that there are lie one after the other
 
   private:
-    Out1<int64_t> row_ids_, places_;
     int64_t dim_, num_rows_ = 0;
 };
 

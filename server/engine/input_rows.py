@@ -25,7 +25,7 @@ from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
 from scone.cache.fgram_table import FGramTable
 from scone.cache.prefetcher import Prefetcher
-from scone.kernels.row_target import RowTarget
+from scone.kernels.row_target import IdTarget, RowTarget
 from scone.server.engine.scheduler import Chunk
 
 CHUNK_TOKENS = 256
@@ -77,8 +77,7 @@ class Table(Protocol):
         self,
         sequences: list[list[int]],
         row_ids: list[list[int]],
-        wanted: NDArray[np.int64],
-        places: NDArray[np.int64],
+        out: IdTarget,
     ) -> int: ...
     def look_up_newest(
         self,
@@ -205,8 +204,7 @@ class InputRows:
         self.row_codec = row_codec
         self._source = source
         self._newest: _Newest | None = None  # asked for, until a step decodes
-        self._wanted: NDArray[np.int64] = np.empty(0, np.int64)
-        self._places: NDArray[np.int64] = np.empty(0, np.int64)
+        self._found = IdTarget(*np.empty((2, 0), np.int64))
 
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
@@ -235,7 +233,7 @@ class InputRows:
         """
         self._newest = None  # gives back what it holds
         num_wanted = self._match_newest([rows.row_ids for rows in batch], token_ids)
-        ids, places = self._wanted[:num_wanted].copy(), self._places[:num_wanted].copy()
+        ids, places = self._found.row_ids[:num_wanted].copy(), self._found.places[:num_wanted].copy()
         pending = self._source.submit_apart(ids)
         if pending is None:
             return None
@@ -263,7 +261,7 @@ class InputRows:
             row_ids, token_ids = map(list, zip(*late, strict=True))
             num_wanted = self._match_newest(row_ids, token_ids)
             if len(late) == num_inputs:  # all decode
-                return self._wanted[:num_wanted], self._places[:num_wanted]
+                return self._found.row_ids[:num_wanted], self._found.places[:num_wanted]
         all_row_ids: list[int] = []
         for r, c in zip(rows, chunks, strict=True):
             all_row_ids += [-1] * c.num_tokens if r is None else r.row_ids[c.start : c.start + c.num_tokens]
@@ -340,13 +338,10 @@ class InputRows:
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
     def _match_newest(self, row_ids: list[list[int]], token_ids: list[list[int]]) -> int:
-        """Of each sequence, the row id of the newest token; those that there are also to _wanted, _places."""
-        self._make_room(len(row_ids))
-        return self.table.match_newest(token_ids, row_ids, self._wanted, self._places)
-
-    def _make_room(self, num_sequences: int) -> None:
-        if len(self._wanted) < num_sequences:
-            self._wanted, self._places = np.empty((2, num_sequences), np.int64)
+        """Of each sequence, the row id of the newest token; those that there are also to `_found`."""
+        if len(self._found.row_ids) < len(row_ids):
+            self._found = IdTarget(*np.empty((2, len(row_ids)), np.int64))
+        return self.table.match_newest(token_ids, row_ids, self._found)
 
 
 def _read_ahead(rows: Rows, chunks: Sequence[Chunk]) -> dict[PendingRows, NDArray[np.int64]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scone.cache import FGramTable, TableConfig
 from scone.cache.errors import RowReadError
 from scone.kernels.row_codec import CODECS, RowCodec
+from scone.kernels.row_target import IdTarget
 from scone.model_store.errors import TableError
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.manifest import BACKENDS
@@ -89,14 +90,16 @@ def test_inputs_may_be_lists_arrays_or_tensors(
         histories = [tokens[: i + 1].tolist() for i in range(40)]
         wanted, places = np.full((2, 40), -7)
         row_ids: list[list[int]] = [[7] for _ in histories]
-        num_wanted = table.match_newest(histories, row_ids, wanted, places)
+        num_wanted = table.match_newest(histories, row_ids, IdTarget(wanted, places))
         assert row_ids == [[7, row_id] for row_id in ids.tolist()]
         assert num_wanted == np.count_nonzero(ids >= 0)
         np.testing.assert_array_equal(places[:num_wanted], np.flatnonzero(ids >= 0))
         np.testing.assert_array_equal(wanted[:num_wanted], ids[ids >= 0])
         assert (wanted[num_wanted:] == -7).all()
         assert (places[num_wanted:] == -7).all()
-        assert table.match_newest([], [], wanted[:0], places[:0]) == 0
+        assert table.match_newest([], [], IdTarget(wanted[:0], places[:0])) == 0
+        with pytest.raises(ValueError, match="less room"):
+            table.match_newest(histories, row_ids, IdTarget(wanted[:39], places))
         assert table.match([])[0].shape == (0,)
         assert table.match_last(np.empty((0, 5), np.int32))[0].shape == (0,)
         assert table.rows([]).shape == (0, DIM)

@@ -19,6 +19,7 @@ from scone.kernels import fgram_hash
 from scone.kernels.errors import DamagedDataError
 from scone.kernels.fgram_hash import BUCKET_DTYPE
 from scone.kernels.match import MAX_N, BucketIndex, Matcher, match_reference
+from scone.kernels.row_target import IdTarget
 from scone.model_store.errors import TableError
 from scone.model_store.fgram_index import build_index
 from scone.model_store.fgram_set import FGramSet
@@ -126,7 +127,7 @@ def test_last_of_each_window_equals_the_whole(
     histories = [tokens[: i + 1].tolist() for i in range(len(tokens))]
     row_ids: list[list[int]] = [[] for _ in histories]
     where = np.flatnonzero(expected[0] >= 0)
-    assert matcher.match_newest(histories, row_ids, wanted, places) == len(where)
+    assert matcher.match_newest(histories, row_ids, IdTarget(wanted, places)) == len(where)
     assert row_ids == [[row_id] for row_id in expected[0].tolist()]
     np.testing.assert_array_equal(places[: len(where)], where)
     np.testing.assert_array_equal(wanted[: len(where)], expected[0][where])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import RowReadError
-from scone.kernels.row_target import RowTarget
+from scone.kernels.row_target import IdTarget, RowTarget
 
 
 class DictTable:
@@ -64,14 +64,13 @@ class DictTable:
         self,
         sequences: list[list[int]],
         row_ids: list[list[int]],
-        wanted: np.ndarray[Any, Any],
-        places: np.ndarray[Any, Any],
+        out: IdTarget,
     ) -> int:
         num_wanted = 0
         for i, (tokens, its_row_ids) in enumerate(zip(sequences, row_ids, strict=True)):
             its_row_ids.append(self.longest(tokens))
             if its_row_ids[-1] >= 0:
-                wanted[num_wanted], places[num_wanted] = its_row_ids[-1], i
+                out.row_ids[num_wanted], out.places[num_wanted] = its_row_ids[-1], i
                 num_wanted += 1
         return num_wanted
 
@@ -85,7 +84,7 @@ class DictTable:
         ends = [(len(tokens) - 1, len(ids)) for tokens, ids in zip(sequences, row_ids, strict=True)]
         if not self.never_waits or self.broken or ends != [(p, p) for p in positions]:
             return None
-        num_wanted = self.match_newest(sequences, row_ids, out.row_ids, out.places)
+        num_wanted = self.match_newest(sequences, row_ids, out)
         rows = torch.empty(num_wanted, self.dim)
         self.read_into(out.row_ids[:num_wanted], rows)
         out.put(rows)
