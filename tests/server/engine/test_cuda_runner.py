@@ -1,6 +1,6 @@
 """The CUDA runner, but for CUDA: its inputs on a simulated device, its kernels interpreted.
 
-`make test-triton` runs the second part; what needs a GPU is in tests/cuda.
+`make test-triton` runs the second part; what needs a GPU is in test_cuda_engine.py.
 """
 
 from __future__ import annotations
