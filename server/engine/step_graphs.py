@@ -58,7 +58,8 @@ class StepShapes:
         """The least shape that holds the chunks; None: they are more than any."""
         num_tokens = sum([c.num_tokens for c in chunks])
         if num_tokens == len(chunks):
-            return StepShape(*2 * (_at_least(self._decode, num_tokens),), True)
+            num_padded = _at_least(self._decode, num_tokens)
+            return StepShape(num_padded, num_padded, True)
         if num_tokens > self._mixed[-1]:
             return None
         return self._mixed_shape(_at_least(self._mixed, num_tokens))
