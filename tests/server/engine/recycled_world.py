@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,3 +77,21 @@ def num_cached(outcome: Outcome) -> int:
 
 
 MakeWorld = Callable[..., World]
+
+
+def preempted_while_restoring(world: World, released: threading.Event, prompt: Sequence[int]) -> Outcome:
+    """A prompt's outcome whose stored blocks are `released` only once an older sequence took its seat.
+
+    The world has so few blocks that this one needs them.
+    """
+    old = world.add([200, 201], max_tokens=60)
+    while not old.deltas:
+        world.step()
+    young = world.add(prompt, max_tokens=6, logprobs=2)
+    (generation,) = world.runs[-1].generations
+    while generation.seq.num_preemptions == 0:
+        world.step()
+    released.set()
+    world.run()
+    assert len(old.tokens()) == 60
+    return young

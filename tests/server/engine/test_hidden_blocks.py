@@ -31,7 +31,7 @@ from scone.server.recycled_benchmark import RecycledBenchmark
 
 from .conftest import World, random_prompt
 from .dict_table import DictTable
-from .recycled_world import MakeWorld, answer, counted, facts, num_cached
+from .recycled_world import MakeWorld, answer, counted, facts, num_cached, preempted_while_restoring
 from .restarts import RAM_BYTES, Restarts, SlowStore
 
 BLOCK_SIZE = 8
@@ -390,17 +390,7 @@ def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) ->
     assert isinstance(store, SlowStore)
     store.held, store.released = frozenset({"read"}), threading.Event()
     world = make_world(store=store, kv_cache_bytes=KV_BYTES * 17)
-    old = world.add([200, 201], max_tokens=60)
-    while not old.deltas:
-        world.step()
-    young = world.add(prompt, max_tokens=6, logprobs=2)
-    (generation,) = world.runs[-1].generations
-    while generation.seq.num_preemptions == 0:
-        world.step()
-    store.released.set()
-    world.run()
-    assert facts(young) == cold
-    assert len(old.tokens()) == 60
+    assert facts(preempted_while_restoring(world, store.released, prompt)) == cold
 
 
 def test_any_mixture_with_any_gaps_gives_the_same_answers(

@@ -13,7 +13,7 @@ from scone.server.engine.scheduler import Status
 
 from .conftest import World, num_landings, random_prompt
 from .dict_table import DictTable
-from .recycled_world import BLOCK_BYTES, MakeWorld, answer, counted, facts
+from .recycled_world import BLOCK_BYTES, MakeWorld, answer, counted, facts, preempted_while_restoring
 from .restarts import Restarts, SlowStore
 
 
@@ -136,14 +136,4 @@ def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) ->
     prompt = random_prompt(14, 100)
     cold = facts(answer(make_world(), prompt))
     world, store = slow_world(make_world, restarts, prompt, "read", kv_cache_bytes=BLOCK_BYTES * 17)
-    old = world.add([200, 201], max_tokens=60)
-    while not old.deltas:
-        world.step()
-    young = world.add(prompt, max_tokens=6, logprobs=2)
-    (generation,) = world.runs[-1].generations
-    while generation.seq.num_preemptions == 0:
-        world.step()
-    store.released.set()
-    world.run()
-    assert facts(young) == cold
-    assert len(old.tokens()) == 60
+    assert facts(preempted_while_restoring(world, store.released, prompt)) == cold
