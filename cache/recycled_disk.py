@@ -296,15 +296,18 @@ class RecycledDisk:
                     fill(path)
                 self._header.set_generation(index, generation + 1)
                 _unlink(self._file(index, generation))
-        self._adopt(index)
+        with suppress(OSError, lmdb.Error):  # whoever uses it next meets the same, and says so
+            self._adopt(index)
 
     def _shrink(self, index: int, allowed_bytes: int) -> None:
         """Brings the file within its share, `allowed_bytes` being what all files may take meanwhile."""
         evicted: list[bytes] = []
-        with self._current(index) as shard:
-            generation = self._places[index].generation
-            trimmed = shard.trim(evicted)
-            copy_bytes = shard.used_bytes()
+
+        def trimmed_of(shard: RecycledShard) -> tuple[int, bool, int]:
+            return self._places[index].generation, shard.trim(evicted), shard.used_bytes()
+
+        otherwise = (self._header.generations[index], False, 0)
+        generation, trimmed, copy_bytes = self._run(index, trimmed_of, otherwise)
         for name in evicted:
             self._stats.add_eviction(kind_of(name), "disk")
         fits_beside = trimmed and self.file_bytes + copy_bytes <= allowed_bytes

@@ -77,7 +77,9 @@ class RecycledShard:
         self.map_bytes = map_bytes
         self._offered = 0.0  # what the file's clock does not know of yet
         try:
-            if path.stat().st_size < (self._env.info()["last_pgno"] + 1) * PAGE_BYTES:
+            # In this order: another process may be writing, and the file grows before the number does.
+            needed_bytes = (self._env.info()["last_pgno"] + 1) * PAGE_BYTES
+            if path.stat().st_size < needed_bytes:
                 raise lmdb.CorruptedError(f"{path} was cut short")
             self.forget_killed_readers()
             self._states = ShardStates(self._env)

@@ -240,9 +240,9 @@ def test_processes_write_read_evict_and_shrink_at_once(tmp_path: Path) -> None:
         )
         for seed in range(3)
     ]
-    for child in children:
-        out, err = child.communicate(timeout=120)
-        assert child.returncode == 0, err
+    results = [(*child.communicate(timeout=120), child.returncode) for child in children]
+    for out, err, code in results:
+        assert code == 0, err
         assert " damaged 0 " in out
         assert int(out.split("disk ")[1].split()[0]) > 20, "it read what it and others had written"
     assert num_bytes_of(tmp_path) <= 96 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -67,6 +68,46 @@ def test_who_waits_to_open_a_file_stops_no_other_thread(tmp_path: Path) -> None:
         out, _ = writer.communicate("go on")
         assert out == "told\n"
         opening.result().close()
+
+
+GROWS_A_FILE = """
+import sys
+from pathlib import Path
+from scone.cache.recycled_shard import RecycledShard
+from tests.cache.recycled_states import record, worth
+shard = RecycledShard(Path(sys.argv[1]), 16 << 20)
+print("open", flush=True)
+for number in map(int, sys.stdin):
+    print(shard.write([(record(number, 200_000), worth())], []), flush=True)
+"""
+
+
+def test_a_file_that_grows_while_it_is_opened_was_not_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever its size is looked at, another process writes right after that."""
+    path = tmp_path / "file"
+    command = [sys.executable, "-c", GROWS_A_FILE, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "open\n"
+        numbers = iter(range(100))
+        stat = Path.stat
+
+        def stat_before_a_write(file: Path, **words: bool) -> os.stat_result:
+            result = stat(file, **words)
+            if file == path:
+                print(next(numbers), file=writer.stdin, flush=True)
+                assert writer.stdout is not None
+                assert "stored" in writer.stdout.readline()
+            return result
+
+        monkeypatch.setattr(Path, "stat", stat_before_a_write)
+        shard = RecycledShard(path, 16 << 20)
+        writer.communicate()
+    assert shard.held([record(0, 0).name, record(1, 0).name]) == [True, True]
+    shard.close()
 
 
 def test_a_file_ages_by_what_is_offered_to_it(tmp_path: Path) -> None:
