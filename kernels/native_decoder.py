@@ -1,6 +1,6 @@
 """A Llama-family decoder as one native call a step, over packed weights and a paged cache.
 
-Native (native/decoder.cpp). The oracle is `scone.model_store.decoder.Decoder` with paged attention in
+Native (native/decoder.cpp, native/decoder_pass.hpp). The oracle is `scone.model_store.decoder.Decoder` with paged attention in
 torch, on the same rounded weights. Every element of the result is computed in an order that depends on
 its own sequence alone, so that a token's hidden state is the same bit for bit in any batch and chunking.
 """
