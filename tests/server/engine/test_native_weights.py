@@ -96,3 +96,17 @@ def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: py
     monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
     plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_the_same_formats_with_and_without_rounded_inputs_name_other_states() -> None:
+    """`none` holds such weights in as few bits as `auto`, but its states are not those of `auto`."""
+    decoder = random_decoder()
+    for linear in decoder.modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight.copy_(linear.weight.bfloat16())
+    configs = [replace(CONFIG, quantization=q) for q in ("none", "auto")]
+    none, auto = (ModelRunner(decoder, config) for config in configs)
+    assert isinstance(none._forward, NativeForward)
+    assert isinstance(auto._forward, NativeForward)
+    assert none._forward.kinds == auto._forward.kinds == ["bf16"] * 21
+    assert none.state_identity.root(None) != auto.state_identity.root(None)
