@@ -20,7 +20,7 @@ using Array = nb::ndarray<T, Shape, nb::c_contig, nb::device::cpu>;
 using Vector = Array<const float, nb::ndim<1>>;
 using Matrix = Array<const float, nb::ndim<2>>;
 using MutableMatrix = Array<float, nb::ndim<2>>;
-using Cache = Array<float, nb::ndim<5>>;
+using Cache = nb::ndarray<nb::ndim<5>, nb::c_contig, nb::device::cpu>;  // of float or bfloat16
 using States = Array<float, nb::ndim<4>>;
 using Indices = Array1<int32_t>;
 using Tables = Array<const int32_t, nb::ndim<2>>;
@@ -29,6 +29,8 @@ template <class Shape>
 std::vector<float> copy_of(const Array<const float, Shape>& array) {
     return {array.data(), array.data() + array.size()};
 }
+
+constexpr nb::dlpack::dtype kBfloat16{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1};
 
 class NativeDecoder {
 public:
@@ -122,8 +124,15 @@ private:
         want(k_cache.shape(0) == pass_.num_layers() && int(k_cache.shape(2)) == shape_.num_kv_heads &&
                  int(k_cache.shape(4)) == shape_.head_dim && k_cache.size() == v_cache.size(),
              "the caches are not (num_layers, num_blocks, num_kv_heads, block_size, head_dim)");
-        const size_t layer = k_cache.shape(1) * k_cache.shape(2) * k_cache.shape(3) * k_cache.shape(4);
-        return {k_cache.data(), v_cache.data(), layer, shape_.num_kv_heads, int(k_cache.shape(3)), shape_.head_dim};
+        want(k_cache.dtype() == v_cache.dtype() && (k_cache.dtype() == nb::dtype<float>() || k_cache.dtype() == kBfloat16),
+             "the caches are not both float32 or both bfloat16");
+        return {k_cache.dtype() == kBfloat16 ? CacheKind::bf16 : CacheKind::f32,
+                static_cast<char*>(k_cache.data()),
+                static_cast<char*>(v_cache.data()),
+                k_cache.size() / pass_.num_layers(),
+                shape_.num_kv_heads,
+                int(k_cache.shape(3)),
+                shape_.head_dim};
     }
 
     LayerInputs checked_states(const States& states, const KvCache& cache) const {
