@@ -37,7 +37,7 @@ def test_what_is_restored_sooner_is_kept(multi_head: Decoder) -> None:
     assert names == {1e3: ["hidden", "kv"], 1e15: ["kv"], None: ["kv"]}
     slow, fast = (choose(multi_head, "auto", speed).reason for speed in (1e3, 1e15))
     for reason in (slow, fast):
-        assert "a token takes 1,536 bytes as keys and values, 768 as hidden states" in reason
+        assert "a token takes 1,536 bytes as keys and values in float32, 768 as hidden states" in reason
     assert slow.endswith("hidden states are kept")
     assert fast.endswith("keys and values are kept")
     assert "not known" in choose(multi_head, "auto", None).reason

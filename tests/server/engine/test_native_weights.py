@@ -34,7 +34,8 @@ def test_equals_torch_on_the_rounded_weights(
         if parameter.dim() == 2:
             assert "proj" in name
             parameter.copy_(rounded_weight_reference(parameter, kind))
-    ours = hidden_states(ModelRunner(decoder, replace(CONFIG, quantization=quantization)), PROMPTS, [16])
+    config = replace(CONFIG, quantization=quantization, kv_cache_dtype="float32")
+    ours = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
     oracle = hidden_states(ModelRunner(rounded, replace(CONFIG, backend="torch")), PROMPTS, [16])
     for a, b in zip(ours, oracle, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -104,7 +105,7 @@ def test_the_same_formats_with_and_without_rounded_inputs_name_other_states() ->
     for linear in decoder.modules():
         if isinstance(linear, torch.nn.Linear):
             linear.weight.copy_(linear.weight.bfloat16())
-    configs = [replace(CONFIG, quantization=q) for q in ("none", "auto")]
+    configs = [replace(CONFIG, quantization=q, kv_cache_dtype="float32") for q in ("none", "auto")]
     none, auto = (ModelRunner(decoder, config) for config in configs)
     assert isinstance(none._forward, NativeForward)
     assert isinstance(auto._forward, NativeForward)
