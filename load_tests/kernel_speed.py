@@ -58,6 +58,8 @@ STEPS = (
     Step("decode 1", 1, 1, 64),
     Step("decode 8", 8, 1, 64),
     Step("decode 32", 32, 1, 64),
+    Step("decode 1 after 1500", 1, 1, 1501),
+    Step("decode 8 after 1500", 8, 1, 1501),
     Step("decode 32 after 1500", 32, 1, 1501),
     Step("prefill 512", 1, 512, 512),
     Step("prefill 512 after 1500", 1, 512, 2012),

@@ -337,7 +337,13 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_bytes", "number", "most"),
-    [(16, 737_280, 40, 1.01), (500, 1_152_000, 20, 1.02), (500, 2304, 800, 2.0), (500, 4000, 800, 1.5)],
+    [
+        (16, 737_280, 40, 1.01),
+        (16, 368_640, 80, 1.02),
+        (500, 1_152_000, 20, 1.02),
+        (500, 2304, 800, 2.0),
+        (500, 4000, 800, 1.5),
+    ],
 )
 def test_storage_overhead(tmp_path: Path, num_tokens: int, num_bytes: int, number: int, most: float) -> None:
     """What docs/recycled.md says a state takes."""
