@@ -123,14 +123,19 @@ class Generation:
         """Whether prompt positions are still to be scored, so that none may come from the cache."""
         return self.run.prompt_logprobs is not None and self.num_generated == 0 and self.seq.index == 0
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token appended last ends the sequence, whatever its text is."""
+        return self._ending[0] is not None
+
     def append(self, token: SampledToken) -> bool:
-        """Appends a sampled token; whether the sequence goes on, unless the token's text ends it."""
+        """Appends a sampled token; whether the sequence goes on, unless its text ends it."""
         assert token.token_id is not None
         self.seq.token_ids.append(token.token_id)
         self.sampler.append(token.token_id)
         self.num_generated += 1
         self._ending = self._end_after(token.token_id)
-        return self._ending[0] is None
+        return not self.is_ending
 
     def accept(self, token: SampledToken) -> Delta:
         """The delta of the token appended last; it has a finish reason if that was the last one."""

@@ -70,6 +70,8 @@ class Runner(Protocol):
     def state_identity(self) -> StateIdentity: ...
     @property
     def workspace(self) -> Workspace | None: ...
+    @property
+    def is_asynchronous(self) -> bool: ...
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
@@ -121,11 +123,13 @@ class ModelRunner:
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
         dtype: of embeddings, hidden states, keys and values.
         workspace: threads for native kernels that sample; None: the backend is another.
+        is_asynchronous: whether a forward pass is only queued, so that the host is free while it runs.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
         """Raises SettingError if a setting asks for what this machine or model cannot do."""
         self.device = decoder.device
+        self.is_asynchronous = self.device.type != "cpu"
         self.block_size = config.block_size
         shape = decoder.config
         self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers

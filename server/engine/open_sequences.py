@@ -1,9 +1,15 @@
-"""The sequences under way: how each begins, is heard of, and ends, giving back all that it holds."""
+"""The sequences under way: how each begins, is heard of, and ends, giving back all that it holds.
+
+What a sequence's token means for the next step is known at once (`note`); what its client gets of it may be
+made later (`tell`): while the next step runs on a device beside the host.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from typing import NamedTuple
 
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
@@ -13,11 +19,19 @@ from scone.server.engine.observer import EngineObserver
 from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay
 from scone.server.engine.row_waits import RowWaits
-from scone.server.engine.sampler import SamplerState
+from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.engine.scheduler import SchedulerState, Status
 from scone.server.sequence import Delta, FinishReason
 
 logger = logging.getLogger(__name__)
+
+
+class _News(NamedTuple):
+    """What a receiver has still to be told: a sequence's newest token, None where it ends without one."""
+
+    generation: Generation
+    token: SampledToken | None
+    at: float
 
 
 class OpenSequences:
@@ -42,6 +56,7 @@ class OpenSequences:
         self.waits = RowWaits()
         self.recycler: Recycler | None = None
         self.num_finished = 0
+        self._news: deque[_News] = deque()
         self._state = state
         self._overlay = overlay
         self._tokenizer = tokenizer
@@ -73,6 +88,50 @@ class OpenSequences:
         self.waits.note(generation)
         return generation
 
+    @property
+    def has_news(self) -> bool:
+        """Whether some receiver has still to be told of a token, or of an end."""
+        return bool(self._news)
+
+    def note(self, generation: Generation, token: SampledToken | None, now: float) -> None:
+        """A sequence has its next token, or ends without one: from now on its receiver may be told.
+
+        One that the token itself ends gives back here what it holds. One that its text ends is found by
+        `tell`, and may be on its way through another step by then, of which nothing is kept.
+        """
+        self._news.append(_News(generation, token, now))
+        if token is None or generation.is_ending:
+            self._close(generation)
+
+    def tell(self, only: RequestRun | None = None) -> None:
+        """Tells receivers, of all requests or one, what was noted since the last time."""
+        news = self._news
+        if only is not None:
+            news = deque([n for n in self._news if n.generation.run is only])
+            others = [n for n in self._news if n.generation.run is not only]
+            self._news.clear()  # in place: a receiver that fails brings us here from the loop below
+            self._news.extend(others)
+        while news:
+            self._tell(*news.popleft())
+
+    def _tell(self, generation: Generation, token: SampledToken | None, at: float) -> None:
+        try:
+            if token is None:
+                delta = generation.delta(reason="length")
+            else:
+                generation.note_token_time(at, self.observer)
+                delta = generation.accept(token)
+        except Exception:
+            logger.exception("request %s: its text cannot be made", generation.run.request.request_id)
+            error = "internal error while making the text"
+            self.finish(generation, generation.delta(reason="error", error=error))
+            self.fail(generation, error)
+            return
+        if delta.finish_reason is None:
+            self.deliver(generation, delta)
+        else:
+            self.finish(generation, delta)
+
     def fail(self, generation: Generation, message: str, *, forget: bool = False) -> None:
         """Ends the whole request of a sequence with an error."""
         self.end(generation.run, "error", message, forget=forget)
@@ -80,10 +139,11 @@ class OpenSequences:
     def end(
         self, run: RequestRun, reason: FinishReason, error: str | None = None, *, forget: bool = False
     ) -> None:
-        """Ends all open sequences of a request, also those that have not begun.
+        """Ends all open sequences of a request, also those that have not begun, once what they had is told.
 
         With `forget`, none of their blocks is found again: what they hold may be damaged.
         """
+        self.tell(only=run)
         for index in range(len(run.generations), run.request.n):
             seq = scheduler.Sequence(
                 arrival=run.arrival,
@@ -97,10 +157,11 @@ class OpenSequences:
                 self.finish(generation, generation.delta(reason=reason, error=error), forget=forget)
 
     def finish(self, generation: Generation, delta: Delta, *, forget: bool = False) -> None:
-        """Gives back everything a sequence holds and delivers its last delta."""
+        """Gives back everything a sequence holds, if it has not yet, and delivers its last delta."""
         assert delta.finish_reason is not None
         assert delta.usage is not None
-        self._close(generation, forget)
+        if generation in self:
+            self._close(generation, forget)
         run = generation.run
         run.num_open -= 1
         self.num_finished += 1
@@ -119,7 +180,7 @@ class OpenSequences:
             if delta.finish_reason is None:
                 self.end(generation.run, "abort")
 
-    def _close(self, generation: Generation, forget: bool) -> None:
+    def _close(self, generation: Generation, forget: bool = False) -> None:
         del self.by_seq[generation.seq]
         self.waits.forget(generation)
         if not self.by_seq:

@@ -195,6 +195,12 @@ def finish(state: SchedulerState, seq: Sequence, *, forget: bool = False) -> Non
     seq.status = Status.FINISHED
 
 
+def forget_prefix(state: SchedulerState, seq: Sequence) -> None:
+    """Drops from the prefix cache what an ended sequence has made findable."""
+    for block_id in state.pool.find(seq.block_hashes):
+        state.pool.forget(block_id)
+
+
 def end_restoring(state: SchedulerState, seq: Sequence, num_fetched: int) -> None:
     """The next `num_fetched` blocks of a restoring sequence have their content: it runs on from there.
 
