@@ -259,8 +259,8 @@ class _Stopwatch(SilentObserver):
         if not (self.only_decode and stats.num_prefill_tokens):
             self.steps.append(stats.seconds)
 
-    def on_token(self, seconds: float) -> None:
-        self.gaps.append(seconds)
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
+        self.gaps += [seconds] * num_tokens
 
     def on_delta(self, delta: Delta) -> None:
         if delta.finish_reason is not None:

@@ -251,8 +251,10 @@ class EngineCore:
             if generation.run.pooler is not None:
                 self._pool(generation, generation.run.pooler, chunk, hidden[begin:end])
             elif chunk.reaches_end:
-                started = (generation,) if generation.num_generated else self._fork(generation)
-                sampling += [(g, end - 1) for g in started]
+                if generation.num_generated:
+                    sampling.append((generation, end - 1))
+                else:
+                    sampling += [(g, end - 1) for g in self._fork(generation)]
         self._sample(hidden, sampling)
 
     def _commit_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
@@ -307,7 +309,7 @@ class EngineCore:
 
     def _sample(self, hidden: Tensor, sampling: list[tuple[Generation, int]]) -> None:
         """One token for each sequence, from its row of `hidden` (num_tokens, dim); ends those done."""
-        silent = [g for g, _ in sampling if g.run.request.sampling.max_tokens == 0]
+        silent = [g for g, _ in sampling if not g.num_generated and g.run.request.sampling.max_tokens == 0]
         wanted = [(g, row) for g, row in sampling if g not in silent] if silent else sampling
         read_tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
         if wanted:
@@ -375,7 +377,8 @@ class EngineCore:
                 self.observer.on_prompt_tokens(num_new)
             generation.num_generated = len(found.result.token_ids)
             if generation.num_generated:
-                generation.note_token_time(run.started_at, self.observer)
+                generation.note_token_time(run.started_at)
+                self.observer.on_first_token(run.request, run.started_at - run.submitted_at)
             self._sequences.finish(generation, found.result.delta(generation.usage()))
         elif found.states is not None:
             run.first_layer, run.states = found.layer, found.states

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from typing import NamedTuple
 
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
@@ -26,12 +25,8 @@ from scone.server.sequence import Delta, FinishReason
 logger = logging.getLogger(__name__)
 
 
-class _News(NamedTuple):
-    """What a receiver has still to be told: a sequence's newest token, None where it ends without one."""
-
-    generation: Generation
-    token: SampledToken | None
-    at: float
+_News = tuple[Generation, SampledToken | None, float]
+"""What a receiver has still to be told: a sequence's newest token, None where it ends without one; and when."""
 
 
 class OpenSequences:
@@ -99,7 +94,7 @@ class OpenSequences:
         One that the token itself ends gives back here what it holds. One that its text ends is found by
         `tell`, and may be on its way through another step by then, of which nothing is kept.
         """
-        self._news.append(_News(generation, token, now))
+        self._news.append((generation, token, now))
         if token is None or generation.is_ending:
             self._close(generation)
 
@@ -107,20 +102,26 @@ class OpenSequences:
         """Tells receivers, of all requests or one, what was noted since the last time."""
         news = self._news
         if only is not None:
-            news = deque([n for n in self._news if n.generation.run is only])
-            others = [n for n in self._news if n.generation.run is not only]
+            news = deque([n for n in self._news if n[0].run is only])
+            others = [n for n in self._news if n[0].run is not only]
             self._news.clear()  # in place: a receiver that fails brings us here from the loop below
             self._news.extend(others)
+        gaps: dict[float, int] = {}  # as a rule one: sequences that decode have their tokens together
         while news:
-            self._tell(*news.popleft())
+            generation, token, at = news.popleft()
+            if token is not None:
+                gap = generation.note_token_time(at)
+                if gap is None:
+                    self.observer.on_first_token(generation.run.request, at - generation.run.submitted_at)
+                else:
+                    gaps[gap] = gaps.get(gap, 0) + 1
+            self._tell(generation, token)
+        for gap, num_tokens in gaps.items():
+            self.observer.on_tokens(gap, num_tokens)
 
-    def _tell(self, generation: Generation, token: SampledToken | None, at: float) -> None:
+    def _tell(self, generation: Generation, token: SampledToken | None) -> None:
         try:
-            if token is None:
-                delta = generation.delta(reason="length")
-            else:
-                generation.note_token_time(at, self.observer)
-                delta = generation.accept(token)
+            delta = generation.delta(reason="length") if token is None else generation.accept(token)
         except Exception:
             logger.exception("request %s: its text cannot be made", generation.run.request.request_id)
             error = "internal error while making the text"
