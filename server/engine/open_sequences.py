@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 _News = tuple[Generation, SampledToken | None, float]
-"""What a receiver has still to be told: a sequence's newest token, None where it ends without one; and when."""
+"""A sequence's newest token, of which nobody is told yet (None: it ends without one), and when it came."""
 
 
 class OpenSequences:
