@@ -22,7 +22,7 @@ from scone.server.api.respond import respond
 from scone.server.api.sse import ChunkFrames
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.errors import InvalidRequestError
-from scone.server.sequence import GenerationRequest
+from scone.server.sequence import Delta, GenerationRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
@@ -114,23 +114,28 @@ class _Completion:
     def whole(self, deltas: Sequence[PromptDelta]) -> bytes:
         """The answer that is not streamed."""
         pieces: dict[int, list[Piece]] = defaultdict(list)
-        for piece in self._new_pieces(deltas):
-            pieces[piece["index"]].append(piece)
+        for prompt_index, delta in deltas:
+            piece = self._piece(prompt_index, delta)
+            if piece is not None:
+                pieces[piece["index"]].append(piece)
         choices = [join_pieces(pieces[index]) for index in sorted(pieces)]
         return orjson.dumps(self._envelope() | {"choices": choices, "usage": self.generation.usage()})
 
     def events(self, deltas: Sequence[PromptDelta]) -> bytes:
         """What a stream says of `deltas`; b"" if there is nothing to show yet."""
-        return b"".join([self._frames.chunk(piece) for piece in self._new_pieces(deltas)])
+        events = b""
+        for prompt_index, delta in deltas:
+            piece = self._piece(prompt_index, delta)
+            if piece is not None:
+                events += self._frames.chunk(piece)
+        return events
 
     def last_event(self) -> bytes:
         """The event with the usage, if it was asked for."""
         return self._frames.last(self.generation.usage())
 
-    def _new_pieces(self, deltas: Sequence[PromptDelta]) -> list[Piece]:
-        n = self._body.n
-        made = (self._pieces[prompt_index * n + delta.index].piece(delta) for prompt_index, delta in deltas)
-        return [piece for piece in made if piece is not None]
+    def _piece(self, prompt_index: int, delta: Delta) -> Piece | None:
+        return self._pieces[prompt_index * self._body.n + delta.index].piece(delta)
 
     def _envelope(self) -> dict[str, Any]:
         return {

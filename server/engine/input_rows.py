@@ -299,6 +299,14 @@ class InputRows:
             return len(newest.ids) if is_done else None
         return self.table.look_up_newest(token_ids, row_ids, positions, out)
 
+    def match_newest(
+        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: IdTarget
+    ) -> int | None:
+        """As `look_up_newest` without the rows; None, and nothing was done, if some was matched before."""
+        if not self.table.never_waits or [len(ids) for ids in row_ids] != positions:
+            return None
+        return self.table.match_newest(token_ids, row_ids, out)
+
     def gather(
         self,
         rows: Rows,
