@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -68,5 +69,6 @@ def sample_tokens(
 
 
 def _read_best(token_ids: Tensor, logits: Tensor) -> list[SampledToken]:
-    is_finite = logits.isfinite().tolist()
-    return [SampledToken(t if f else None, None) for t, f in zip(token_ids.tolist(), is_finite, strict=True)]
+    # Not by torch, whose operations hand Python's lock to whoever waits for it: the device stands idle here.
+    rows = zip(token_ids.tolist(), logits.tolist(), strict=True)
+    return [SampledToken(t if isfinite(logit) else None, None) for t, logit in rows]
