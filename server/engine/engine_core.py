@@ -326,6 +326,8 @@ class EngineCore:
                 self._sequences.note(generation, None, time.monotonic())
         if not self._runner.is_asynchronous:
             self._deliver()
+        elif self._sequences.has_first_news:  # clients wait for these
+            self._deliver(lambda generation: generation.first_token_at is None)
 
     def _accept(self, generations: Sequence[Generation], tokens: Sequence[SampledToken]) -> None:
         """Appends each token and asks for its row; requests of which one was not drawn are ended."""
@@ -348,11 +350,11 @@ class EngineCore:
                 else:  # its blocks are given back
                     scheduler.forget_prefix(self.state, generation.seq)
 
-    def _deliver(self) -> None:
-        """Tells receivers what they have not been told."""
+    def _deliver(self, only: Callable[[Generation], bool] | None = None) -> None:
+        """Tells receivers, of all sequences or of some, what they have not been told."""
         if self._sequences.has_news:
             self.clock.enter("deliver")
-            self._sequences.tell()
+            self._sequences.tell(only)
             self.after_deliveries()
 
     # -- recycled states -----------------------------------------------------------------------

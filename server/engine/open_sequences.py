@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
@@ -37,6 +38,7 @@ class OpenSequences:
         waits: which of them wait for f-gram rows.
         recycler: is told what ends, if states are kept.
         num_finished: sequences that have ended, a counter.
+        has_first_news: whether some receiver has still to be told of its sequence's first token.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class OpenSequences:
         self.waits = RowWaits()
         self.recycler: Recycler | None = None
         self.num_finished = 0
+        self.has_first_news = False
         self._news: deque[_News] = deque()
         self._state = state
         self._overlay = overlay
@@ -95,17 +98,20 @@ class OpenSequences:
         `tell`, and may be on its way through another step by then, of which nothing is kept.
         """
         self._news.append((generation, token, now))
+        self.has_first_news |= generation.first_token_at is None
         if token is None or generation.is_ending:
             self._close(generation)
 
-    def tell(self, only: RequestRun | None = None) -> None:
-        """Tells receivers, of all requests or one, what was noted since the last time."""
+    def tell(self, only: Callable[[Generation], bool] | None = None) -> None:
+        """Tells receivers, of all sequences or of some, what was noted since the last time."""
         news = self._news
+        others: list[_News] = []
         if only is not None:
-            news = deque([n for n in self._news if n[0].run is only])
-            others = [n for n in self._news if n[0].run is not only]
+            news = deque([n for n in self._news if only(n[0])])
+            others = [n for n in self._news if not only(n[0])]
             self._news.clear()  # in place: a receiver that fails brings us here from the loop below
             self._news.extend(others)
+        self.has_first_news = any([n[0].first_token_at is None for n in others])
         gaps: dict[float, int] = {}  # as a rule one: sequences that decode have their tokens together
         while news:
             generation, token, at = news.popleft()
@@ -144,7 +150,7 @@ class OpenSequences:
 
         With `forget`, none of their blocks is found again: what they hold may be damaged.
         """
-        self.tell(only=run)
+        self.tell(lambda generation: generation.run is run)
         for index in range(len(run.generations), run.request.n):
             seq = scheduler.Sequence(
                 arrival=run.arrival,
