@@ -270,16 +270,18 @@ def test_a_stopped_sequence_whose_last_step_is_not_finite_is_not_found_again(mak
     world.run()
     text = free.text()
     stopped = world.add(prompt, max_tokens=8, allowed_token_ids=tuple(range(100, 120)), stop=(text[1],))
-    logits_of = world.runner.logits_of
+    logits_of, num_calls = world.runner.logits_of, 0
 
     def poisoned(hidden: torch.Tensor, token_ids: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
         logits = logits_of(hidden, token_ids)
-        if len(stopped.tokens()) == first:
+        if num_calls == text.index(text[1]) + 2:  # the step after that of the stop string
             logits[:] = torch.nan
         return logits
 
-    first = text.index(text[1])
     world.runner.logits_of = poisoned  # type: ignore[method-assign]
     world.run()
     assert stopped.last().finish_reason == "stop"
+    assert num_calls == text.index(text[1]) + 2
     assert not world.core.state.pool.find(world.runs[1].generations[0].seq.block_hashes)
