@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scone.cache.device import CpuDevice, Device
+from scone.cache.device import Device
 from scone.cache.device_rows import DeviceRows
 from scone.cache.errors import CacheError
 from scone.cache.queued_rows import RowQueue
@@ -99,7 +99,7 @@ class RowTiers:
     def load_device_rows(self, device: Device, device_bytes: int) -> None:
         """Fills the device tier with the first rows that fit; raises CacheError where there is no device."""
         num_rows = min(self._num_rows, device_bytes // self._row_bytes)
-        if device_bytes and isinstance(device, CpuDevice):
+        if device_bytes and device.is_host:
             raise CacheError(
                 f"device_bytes is {device_bytes}, but the model runs on the CPU, whose memory"
                 " ram_bytes gives out: leave device_bytes at 0"

@@ -31,6 +31,7 @@ from scone.server.serve_settings import (
 from scone.server.served_recycled import ServedRecycled
 from scone.server.served_table import ServedTable
 from scone.server.settings import Resolved
+from scone.server.step_metrics import StepCollector
 from scone.server.table_metrics import TableCollector
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class ModelLoader:
             size = engine.kv_cache_size
             self._metrics.kv_cache_bytes.labels(size.dtype_name).set(size.num_bytes)
         self._metrics.watch(DeviceCollector(engine.overlay))
+        self._metrics.watch(StepCollector(engine.clock))
         if table is not None:
             self._metrics.watch(TableCollector(table))
 

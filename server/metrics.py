@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from scone.server.process_metrics import ProcessMemoryCollector
 from scone.server.sequence import FinishReason, GenerationRequest, RequestUsage
+from scone.server.weighted_histogram import WeightedHistogram
 
 if TYPE_CHECKING:
     from scone.server.engine.observer import StepStats
@@ -114,9 +115,10 @@ class ServerMetrics:
         self._time_to_first_token = histogram(
             "time_to_first_token_seconds", "From submission to the first token.", FIRST_TOKEN_SECONDS
         )
-        self._inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Between a sequence's tokens.", TOKEN_SECONDS
+        self._inter_token_latency = WeightedHistogram(
+            "scone_inter_token_latency_seconds", "Between a sequence's tokens.", TOKEN_SECONDS
         )
+        self.registry.register(self._inter_token_latency)
         self._e2e_request_latency = histogram(
             "e2e_request_latency_seconds", "From submission to a sequence's end.", REQUEST_SECONDS
         )
@@ -169,9 +171,9 @@ class ServerMetrics:
         self._generation_tokens.inc()
         self._time_to_first_token.observe(seconds)
 
-    def on_token(self, seconds: float) -> None:
-        self._generation_tokens.inc()
-        self._inter_token_latency.observe(seconds)
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
+        self._generation_tokens.inc(num_tokens)
+        self._inter_token_latency.observe(seconds, num_tokens)
 
     def on_rows_waited(self, seconds: float) -> None:
         self._fgram_wait.observe(seconds)

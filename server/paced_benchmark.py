@@ -70,7 +70,7 @@ def make_workload(work: Path, *, num_rows: int, dim: int, num_corpus_tokens: int
     made_up = made_up_corpus(num_corpus_tokens)
     corpus = TokenCorpus(made_up.tokens % VOCAB_SIZE, made_up.offsets)
     path, _ = write_table(work, corpus, num_rows=num_rows, min_count=5, dim=dim)
-    return Workload(path, corpus.tokens.astype(np.int64), _tokenizer(), dim)
+    return Workload(path, corpus.tokens.astype(np.int64), paced_tokenizer(), dim)
 
 
 def benchmark_decode(workload: Workload, *, num_steps: int, repeats: int) -> dict[str, Any]:
@@ -216,10 +216,10 @@ def _paced_model(
     return PacedModel(
         device,
         texts,
+        config,
         dim=workload.dim,
         vocab_size=VOCAB_SIZE,
         num_blocks=(len(texts) + 1) * -(-len(texts[0]) // config.block_size),
-        max_num_tokens=config.max_num_batched_tokens,
         decode_seconds=decode_seconds,
         prefill_tokens_per_second=prefill_tokens_per_second,
     )
@@ -259,8 +259,8 @@ class _Stopwatch(SilentObserver):
         if not (self.only_decode and stats.num_prefill_tokens):
             self.steps.append(stats.seconds)
 
-    def on_token(self, seconds: float) -> None:
-        self.gaps.append(seconds)
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
+        self.gaps += [seconds] * num_tokens
 
     def on_delta(self, delta: Delta) -> None:
         if delta.finish_reason is not None:
@@ -279,7 +279,8 @@ def _timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _tokenizer() -> Tokenizer:
+def paced_tokenizer() -> Tokenizer:
+    """Of ids below `VOCAB_SIZE`, each with a text of its own."""
     pieces = [f"<{i}>" for i in range(VOCAB_SIZE)]
     return tokenizer_from_vocabulary(
         pieces=pieces,

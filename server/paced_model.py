@@ -1,8 +1,9 @@
 """A model and an accelerator that only take time: the serving path around them is real, at a GPU's pace.
 
 For measurements on a machine without one. Work of the model is queued and takes as long as it is told to;
-copies take their bytes' time at PCIe speed. The host sleeps until the device is done where a real one would
-make it wait, and the tokens "sampled" follow texts given in advance, so that f-grams match as in these texts.
+copies take their bytes' time at PCIe speed. The host writes each step's inputs as it does for `CudaRunner`,
+but launches no kernels. It sleeps until the device is done where a real one would make it wait, and the
+tokens "sampled" follow texts given in advance, so that f-grams match as in these texts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from scone.cache.device import CpuDevice, Event, Stream
 from scone.cache.state_identity import StateIdentity
+from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.scheduler import Chunk
+from scone.server.engine.step_inputs import StepInputs
 
 COPY_SECONDS = 10e-6
 """From the call to the first byte; a usual figure for a small copy from pinned memory."""
+
+QUERIES_PER_TILE = 16
+"""What attention kernels take of a prompt together; a usual figure."""
 
 COPY_BYTES_PER_SECOND = 25e9
 """PCIe 4.0 x16."""
@@ -48,10 +54,6 @@ class PacedDevice(CpuDevice):
     def compute(self, seconds: float) -> None:
         """Queues work of the model."""
         self._compute.at = max(self._compute.at, time.perf_counter()) + seconds
-
-    def finish(self) -> None:
-        """Blocks until the model's work is done, as reading a result would."""
-        _sleep_until(self._compute.at)
 
     def launch(self, kernel: Callable[[], object]) -> None:
         pass  # moves no data that the model would look at, and takes the device no time to speak of
@@ -84,9 +86,10 @@ class PacedDevice(CpuDevice):
 
 
 class PacedModel:
-    """Stands in for `ModelRunner`; request number r is continued as in texts[r].
+    """Stands in for `ModelRunner`; request number r is continued as in texts[r], taken in turn.
 
     Args:
+        config: of the engine that it is for.
         decode_seconds: a step that decodes takes this long, for however many sequences.
         prefill_tokens_per_second: what a step's prompt tokens take in addition.
     """
@@ -95,26 +98,36 @@ class PacedModel:
     dtype = torch.bfloat16
     state_identity = StateIdentity(model_hash="", tokenizer_hash="", compute="paced")
     workspace = None
+    is_asynchronous = True
 
     def __init__(
         self,
         device: PacedDevice,
         texts: Sequence[NDArray[np.int64]],
+        config: EngineConfig,
         *,
         dim: int,
         vocab_size: int,
         num_blocks: int,
-        max_num_tokens: int,
         decode_seconds: float,
         prefill_tokens_per_second: float,
     ) -> None:
         self.dim, self.vocab_size, self.num_blocks = dim, vocab_size, num_blocks
         self._device, self._texts = device, texts
         self._decode_seconds, self._prefill_speed = decode_seconds, prefill_tokens_per_second
-        self._embeddings = torch.zeros(max_num_tokens, dim, dtype=self.dtype)
-        self._next_tokens = torch.zeros(max_num_tokens, 1)
+        self._embeddings = torch.zeros(config.max_num_batched_tokens, dim, dtype=self.dtype)
+        self._next_tokens = torch.zeros(config.max_num_batched_tokens, 1)
+        self._inputs = StepInputs(
+            device,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_num_blocks=-(-config.max_model_len // config.block_size),
+            block_size=config.block_size,
+            queries_per_tile=QUERIES_PER_TILE,
+        )
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        self._inputs.put(chunks)
         return self._embeddings[: sum(chunk.num_tokens for chunk in chunks)]
 
     def forward_each(
@@ -124,13 +137,11 @@ class PacedModel:
         num_decode = sum(chunk.num_tokens == 1 for chunk in chunks)
         seconds = self._decode_seconds if num_decode else 0.0
         self._device.compute(seconds + (len(embeddings) - num_decode) / self._prefill_speed)
-        next_tokens = self._next_tokens.numpy()
-        end = 0
-        for chunk in chunks:
-            end += chunk.num_tokens
-            if chunk.reaches_end:
-                next_tokens[end - 1, 0] = self._texts[chunk.seq.arrival][chunk.start + chunk.num_tokens]
-        return self._next_tokens[:end]
+        texts, ends = self._texts, [c.start + c.num_tokens for c in chunks]
+        next_tokens = [texts[c.seq.arrival % len(texts)][end] for c, end in zip(chunks, ends, strict=True)]
+        places = np.cumsum([c.num_tokens for c in chunks]) - 1
+        self._next_tokens.numpy()[places, 0] = next_tokens
+        return self._next_tokens[: len(embeddings)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         token_ids, _ = self.best_tokens(hidden)
@@ -140,7 +151,6 @@ class PacedModel:
         return self.logits(hidden)
 
     def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        self._device.finish()
         return hidden[:, 0].long(), torch.ones(len(hidden))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -21,6 +21,7 @@ from scone.server.api.generation import Generation, PromptDelta
 from scone.server.api.json_body import JsonRoute
 from scone.server.api.prompt_tokens import fit_max_tokens, prompt_token_ids
 from scone.server.api.respond import respond
+from scone.server.api.sse import ChunkFrames
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.api.token_text import json_logprob, token_text
 from scone.server.errors import InvalidRequestError
@@ -62,6 +63,9 @@ class _Chat:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._begun: set[int] = set()
+        options = body.stream_options
+        includes_usage = options is not None and options.include_usage
+        self._frames = ChunkFrames(self._envelope("chat.completion.chunk"), with_usage=includes_usage)
         self.generation: Generation
 
     async def admit(self, request_id: str) -> None:
@@ -102,28 +106,23 @@ class _Chat:
         envelope = self._envelope("chat.completion")
         return orjson.dumps(envelope | {"choices": choices, "usage": self.generation.usage()})
 
-    def chunks(self, deltas: Sequence[PromptDelta]) -> list[dict[str, Any]]:
-        """What a stream says of `deltas`: a choice's first chunk has the role, its last the reason."""
-        envelope = self._envelope("chat.completion.chunk")
-        if self._includes_usage:
-            envelope["usage"] = None
-        chunks = []
+    def events(self, deltas: Sequence[PromptDelta]) -> bytes:
+        """What a stream says of `deltas`: a choice's first event has the role, its last the reason."""
+        events = []
         for _, delta in deltas:
             if delta.index not in self._begun:
                 self._begun.add(delta.index)
                 role = {"role": "assistant", "content": ""}
                 opening = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
-                chunks.append(envelope | {"choices": [opening]})
+                events.append(self._frames.chunk(opening))
             if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
                 said = {"content": delta.text} if delta.text or delta.logprobs else {}
-                chunks.append(envelope | {"choices": [{"delta": said, **self._shared([delta])}]})
-        return chunks
+                events.append(self._frames.chunk({"delta": said, **self._shared([delta])}))
+        return b"".join(events)
 
-    def last_chunk(self) -> dict[str, Any] | None:
-        """The chunk with the usage, if it was asked for."""
-        if not self._includes_usage:
-            return None
-        return self._envelope("chat.completion.chunk") | {"choices": [], "usage": self.generation.usage()}
+    def last_event(self) -> bytes:
+        """The event with the usage, if it was asked for."""
+        return self._frames.last(self.generation.usage())
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         content = "".join(delta.text for delta in deltas)
@@ -153,11 +152,6 @@ class _Chat:
                 for token in tokens
             ]
         }
-
-    @property
-    def _includes_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and options.include_usage
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}

@@ -40,10 +40,10 @@ class CompletionPieces:
     def piece(self, delta: Delta) -> Piece | None:
         """The choice object for `delta`; None if there is nothing to show yet."""
         body = self._body
-        text, token_ids, logprobs = delta.text, delta.token_ids, delta.logprobs or ()
-        shown_logprobs: list[tuple[int, TokenLogprob | None]] = [
-            (token.token_id, token) for token in logprobs
-        ]
+        text, token_ids = delta.text, delta.token_ids
+        shown_logprobs: list[tuple[int, TokenLogprob | None]] = []
+        if delta.logprobs:
+            shown_logprobs = [(token.token_id, token) for token in delta.logprobs]
         is_first, self._is_first = self._is_first, False
         if is_first and body.echo:
             text = self._prompt_text + text

@@ -19,9 +19,10 @@ from scone.server.api.generation import Generation, PromptDelta
 from scone.server.api.json_body import JsonRoute
 from scone.server.api.prompt_tokens import fit_max_tokens, prompt_token_ids, split_prompts
 from scone.server.api.respond import respond
+from scone.server.api.sse import ChunkFrames
 from scone.server.api.state import ServedModel, ServerState
 from scone.server.errors import InvalidRequestError
-from scone.server.sequence import GenerationRequest
+from scone.server.sequence import Delta, GenerationRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
@@ -73,6 +74,9 @@ class _Completion:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._pieces: list[CompletionPieces] = []
+        options = body.stream_options
+        includes_usage = options is not None and options.include_usage
+        self._frames = ChunkFrames(self._envelope(), with_usage=includes_usage)
         self.generation: Generation
 
     async def admit(self, request_id: str) -> None:
@@ -110,33 +114,28 @@ class _Completion:
     def whole(self, deltas: Sequence[PromptDelta]) -> bytes:
         """The answer that is not streamed."""
         pieces: dict[int, list[Piece]] = defaultdict(list)
-        for piece in self._new_pieces(deltas):
-            pieces[piece["index"]].append(piece)
+        for prompt_index, delta in deltas:
+            piece = self._piece(prompt_index, delta)
+            if piece is not None:
+                pieces[piece["index"]].append(piece)
         choices = [join_pieces(pieces[index]) for index in sorted(pieces)]
         return orjson.dumps(self._envelope() | {"choices": choices, "usage": self.generation.usage()})
 
-    def chunks(self, deltas: Sequence[PromptDelta]) -> list[dict[str, Any]]:
-        """What a stream says of `deltas`."""
-        usage = {"usage": None} if self._includes_usage else {}
-        return [self._envelope() | {"choices": [piece]} | usage for piece in self._new_pieces(deltas)]
+    def events(self, deltas: Sequence[PromptDelta]) -> bytes:
+        """What a stream says of `deltas`; b"" if there is nothing to show yet."""
+        events = b""
+        for prompt_index, delta in deltas:
+            piece = self._piece(prompt_index, delta)
+            if piece is not None:
+                events += self._frames.chunk(piece)
+        return events
 
-    def last_chunk(self) -> dict[str, Any] | None:
-        """The chunk with the usage, if it was asked for."""
-        return (
-            self._envelope() | {"choices": [], "usage": self.generation.usage()}
-            if self._includes_usage
-            else None
-        )
+    def last_event(self) -> bytes:
+        """The event with the usage, if it was asked for."""
+        return self._frames.last(self.generation.usage())
 
-    def _new_pieces(self, deltas: Sequence[PromptDelta]) -> list[Piece]:
-        n = self._body.n
-        made = (self._pieces[prompt_index * n + delta.index].piece(delta) for prompt_index, delta in deltas)
-        return [piece for piece in made if piece is not None]
-
-    @property
-    def _includes_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and options.include_usage
+    def _piece(self, prompt_index: int, delta: Delta) -> Piece | None:
+        return self._pieces[prompt_index * self._body.n + delta.index].piece(delta)
 
     def _envelope(self) -> dict[str, Any]:
         return {

@@ -35,7 +35,7 @@ class Generation:
         self._requests = requests
         self._deltas: deque[PromptDelta] = deque()
         self._is_noted = False
-        self._woken = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
         self._unfinished = {(i, k) for i, request in enumerate(requests) for k in range(request.n)}
         self._interruption: ApiError | None = None
@@ -73,11 +73,8 @@ class Generation:
         while self._interruption is None and not self._deltas:
             if self.is_finished:
                 return []
-            await self._woken.wait()
-            # First the flag, then the look at the deltas: one that is appended in between wakes us once
-            # more for nothing, but none is left lying.
-            self._woken.clear()
-            self._is_noted = False
+            self._waiter = self.loop.create_future()
+            await self._waiter
         if self._interruption is not None:
             raise self._interruption
         fresh: list[PromptDelta] = []
@@ -97,11 +94,18 @@ class Generation:
     def interrupt(self, error: ApiError) -> None:
         """Ends the request with `error`, whatever else has come."""
         self._interruption = error
-        self._woken.set()
+        self._end_wait()
 
     def wake(self) -> None:
         """To be called on the event loop once there are deltas."""
-        self._woken.set()
+        # First the flag, then the look at the deltas: one that is appended in between wakes us once more for
+        # nothing, but none is left lying.
+        self._is_noted = False
+        self._end_wait()
+
+    def _end_wait(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, with what was read from the f-gram table."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from fastapi import Request
 from starlette.responses import Response
 
 from scone.server.api.disconnect import ClientDisconnectedError, until_disconnect
 from scone.server.api.generation import Generation, PromptDelta
-from scone.server.api.sse import EventStreamResponse, frame, terminated
+from scone.server.api.sse import EventStreamResponse
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -20,8 +20,8 @@ class Answer(Protocol):
     """How one kind of request words its answer."""
 
     def whole(self, deltas: Sequence[PromptDelta]) -> bytes: ...
-    def chunks(self, deltas: Sequence[PromptDelta]) -> list[dict[str, Any]]: ...
-    def last_chunk(self) -> dict[str, Any] | None: ...
+    def events(self, deltas: Sequence[PromptDelta]) -> bytes: ...
+    def last_event(self) -> bytes: ...
 
 
 async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
@@ -73,16 +73,28 @@ async def _stream(request: Request, generation: Generation, answer: Answer) -> R
         first.cancel()
         generation.close()
 
-    return EventStreamResponse(terminated(_frames(generation, answer, first)), interval, on_close=close)
+    return EventStreamResponse(_AnswerEvents(generation, answer, first), interval, on_close=close)
 
 
-async def _frames(
-    generation: Generation, answer: Answer, first: asyncio.Future[list[PromptDelta]]
-) -> AsyncGenerator[bytes]:
-    deltas = await first
-    while deltas:
-        if chunks := answer.chunks(deltas):
-            yield b"".join(map(frame, chunks))
-        deltas = await generation.next_deltas()
-    if (last := answer.last_chunk()) is not None:
-        yield frame(last)
+class _AnswerEvents:
+    """What a stream says of a generation; not an async generator, which takes longer to resume."""
+
+    def __init__(
+        self, generation: Generation, answer: Answer, first: asyncio.Future[list[PromptDelta]]
+    ) -> None:
+        self._generation, self._answer = generation, answer
+        self._first: asyncio.Future[list[PromptDelta]] | None = first
+        self._is_over = False
+
+    async def next(self) -> bytes:
+        while not self._is_over:
+            if self._first is not None:
+                deltas, self._first = await self._first, None
+            else:
+                deltas = await self._generation.next_deltas()
+            if not deltas:
+                self._is_over = True
+                return self._answer.last_event()
+            if events := self._answer.events(deltas):
+                return events
+        return b""

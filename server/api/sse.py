@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import orjson
 from starlette.responses import Response
@@ -23,33 +23,47 @@ def frame(content: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def terminated(frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """`frames`, then an error event if they end in an exception, then exactly one [DONE]."""
-    try:
-        async for data in frames:
-            yield data
-    except Exception as error:
-        yield frame(as_api_error(error).body())
-    yield DONE
+class ChunkFrames:
+    """Events of one stream, which differ in their choices alone: the rest is written once."""
+
+    def __init__(self, fields: Mapping[str, Any], *, with_usage: bool) -> None:
+        """`fields` come before the choices. With usage, each has null there, and the last one has it."""
+        self._begin = b"data: " + orjson.dumps(fields)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        self._with_usage = with_usage
+
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of one choice."""
+        return self._begin + orjson.dumps(choice) + self._end
+
+    def last(self, usage: Mapping[str, Any]) -> bytes:
+        """The event with the usage; nothing if that is not wanted."""
+        return self._begin + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" if self._with_usage else b""
+
+
+class Events(Protocol):
+    """What a stream says."""
+
+    async def next(self) -> bytes:
+        """The next events, b"" after the last; raises what made them end."""
 
 
 class EventStreamResponse(Response):
-    """Sends frames as they come; stops and closes them when the client goes.
+    """Sends events as they come, an error event if they end in an exception, then exactly one [DONE].
+
+    Stops when the client goes; however it ends, `on_close` is called.
 
     Args:
-        frames: closed (`aclose`) however the response ends; then `on_close` is called.
         keep_alive_interval: seconds of silence after which a comment is sent: proxies cut idle streams.
     """
 
-    def __init__(
-        self, frames: AsyncGenerator[bytes], keep_alive_interval: float, on_close: Callable[[], None]
-    ) -> None:
+    def __init__(self, events: Events, keep_alive_interval: float, on_close: Callable[[], None]) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         # The length is not known: Response has written that of its empty body.
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
-        self._frames = frames
+        self._events = events
         self._keep_alive_interval = keep_alive_interval
         self._on_close = on_close
         self._last_sent = time.monotonic()
@@ -57,7 +71,7 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         watching = asyncio.create_task(wait_for_disconnect(receive))
-        sending = asyncio.create_task(self._send_frames(send))
+        sending = asyncio.create_task(self._send_events(send))
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -66,19 +80,21 @@ class EventStreamResponse(Response):
             sending.cancel()
             watching.cancel()
             await asyncio.gather(sending, watching, return_exceptions=True)
-            await self._frames.aclose()
             self._on_close()
 
-    async def _send_frames(self, send: Send) -> None:
+    async def _send_events(self, send: Send) -> None:
         keeping_alive = asyncio.create_task(self._keep_alive(send))
+        end = DONE
         try:
-            async for data in self._frames:
+            while data := await self._events.next():
                 self._last_sent = time.monotonic()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:
+            end = frame(as_api_error(error).body()) + DONE
         finally:
             keeping_alive.cancel()
             await asyncio.gather(keeping_alive, return_exceptions=True)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
         while True:

@@ -14,8 +14,10 @@ from torch import Tensor
 from scone.kernels.token_draw import Draw
 
 
-def draw_together(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """A token for each row of `logits` (num_seqs, vocab) float32; None where they are not finite."""
+def draw_together(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """A token for each row of `logits` (num_seqs, vocab) float32, (num_seqs,) int64 on their device; -1 where
+    they are not finite. Does not wait for the device.
+    """
     is_finite = torch.isfinite(logits.amax(dim=-1))
     chosen = logits.argmax(dim=-1)
     for truncates in (False, True):
@@ -24,8 +26,7 @@ def draw_together(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
             index = to_device(torch.tensor(rows), logits.device)
             some = logits if len(rows) == len(draws) else logits.index_select(0, index)
             chosen.index_copy_(0, index, _draw(some, [draws[i] for i in rows], sort=truncates))
-    token_ids = to_host(torch.where(is_finite, chosen, -1)).tolist()
-    return [token_id if token_id >= 0 else None for token_id in token_ids]
+    return torch.where(is_finite, chosen, -1)
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw], *, sort: bool) -> Tensor:
@@ -57,13 +58,11 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """Waits for values of the device, in pinned memory."""
+    """Where values of the device will be, in pinned memory, once it has done what is queued by now."""
     if not values.is_cuda:
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    torch.cuda.current_stream(values.device).synchronize()
-    return host
+    return host.copy_(values, non_blocking=True)
 
 
 def _truncates(draw: Draw) -> bool:

@@ -29,6 +29,7 @@ from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.scheduler import Status
+from scone.server.engine.step_clock import StepClock
 from scone.server.errors import InvalidRequestError, UnavailableError
 from scone.server.sequence import GenerationRequest
 
@@ -101,7 +102,6 @@ class Engine:
             assert isinstance(runner, ModelRunner)
             cost = self.recycle_cost = RecycleCost(recycled.read_speeds)
             self._core.recycle(recycled, cost, runner, self._post)
-        self._after_deliveries: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._input_rows = None if table is None else read_ahead(table, self.overlay.device)
@@ -132,6 +132,11 @@ class Engine:
         return self._core.overlay
 
     @property
+    def clock(self) -> StepClock:
+        """What the steps' time goes into; may be read from any thread."""
+        return self._core.clock
+
+    @property
     def recycler(self) -> Recycler | None:
         """How states are fetched and kept; its numbers may be read from any thread. None: they are not."""
         return self._core.recycler
@@ -152,7 +157,7 @@ class Engine:
 
     def after_deliveries(self, call: Callable[[], None]) -> None:
         """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""
-        self._after_deliveries = call
+        self._core.after_deliveries = call
 
     def submit(self, request: GenerationRequest, on_delta: OnDelta) -> None:
         """Admits a request; `on_delta` is called on the engine thread and must be quick.
@@ -309,9 +314,9 @@ class Engine:
                 for command in commands:
                     command()
                 if commands:
-                    self._after_deliveries()
+                    self._core.after_deliveries()
                 progressed = self._core.has_work and self._core.step()
-                self._after_deliveries()
+                self._core.after_deliveries()  # of what has failed
                 self._forget_settled()
         except BaseException:
             logger.critical("the engine thread died", exc_info=True)

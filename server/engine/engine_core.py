@@ -1,5 +1,9 @@
 """One step after the other: schedule, prepare inputs, forward, sample, match, deliver.
 
+Where a device computes beside the host, a step is delivered while the next one runs: it ends where its tokens
+are known, with what the next one needs to know of them. A stop string is found that much later, when its
+sequence is in the next step already; what that makes of it is dropped.
+
 Single-threaded and without a clock of its own to obey: `Engine` runs it on a thread, tests step it.
 What goes wrong with one request (rows that cannot be read, logits that are not finite, a callback
 that raises) ends that request alone.
@@ -9,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scone.cache.device import Device
+from scone.cache.device import Device, Stream
 from scone.cache.recycle_cost import RecycleCost
 from scone.cache.recycled_store import RecycledStore
 from scone.cache.state_identity import StateIdentity
@@ -38,13 +42,18 @@ from scone.server.engine.recycler import Found, Recycler
 from scone.server.engine.row_overlay import RowOverlay, staging_device
 from scone.server.engine.sampler import SampledToken
 from scone.server.engine.scheduler import Chunk, Schedule, SchedulerState
-from scone.server.sequence import Delta
+from scone.server.engine.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """All requests under way, and the step that advances them."""
+    """All requests under way, and the step that advances them.
+
+    Attributes:
+        clock: what the steps' time goes into.
+        after_deliveries: called once for all that a step delivers.
+    """
 
     def __init__(
         self,
@@ -71,6 +80,9 @@ class EngineCore:
         )
         self._sequences = OpenSequences(self.state, tokenizer, config.max_model_len, observer, self.overlay)
         self._inputs = InputStage(runner, self.overlay, self._sequences)
+        self.clock = StepClock()
+        self.after_deliveries: Callable[[], None] = lambda: None
+        self._sampled = self.overlay.device.event()
         self._step_seconds = 0.0  # of the last step, without waiting for rows
 
     @property
@@ -119,7 +131,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences.by_seq)
+        return bool(self._sequences.by_seq) or self._sequences.has_news
 
     def add(self, run: RequestRun) -> None:
         """Queues a request: matches its prompt and begins to read its rows."""
@@ -149,16 +161,29 @@ class EngineCore:
 
     def step(self) -> bool:
         """Advances whatever can be; false if nothing could, for want of requests or of rows."""
+        try:
+            return self._step()
+        finally:
+            self.clock.leave()
+
+    def _step(self) -> bool:
         began = time.monotonic()
+        self.clock.enter("schedule")
         if self.recycler is not None:
             self.recycler.poll(self._step_seconds)
         self._inputs.stage_waiting(self.state, self.config.max_num_staged_tokens)
-        self._sequences.waits.poll()
-        self._sequences.waits.wait(len(self.state.running), self._step_seconds)
+        if self._sequences.waits.expects_rows:
+            self._deliver()  # the disk is slower than this
+            self.clock.enter("rows")
+            self._sequences.waits.poll()
+            self._sequences.waits.wait(len(self.state.running), self._step_seconds)
+            self.clock.enter("schedule")
         schedule = scheduler.schedule(self.state)
         self._settle(schedule)
         if schedule.chunks:
             self._compute(schedule.chunks)
+        else:
+            self._deliver()
         if schedule.chunks or schedule.preempted:
             self.observer.on_step(step_stats(self.state, schedule, time.monotonic() - began))
         return bool(schedule.chunks)
@@ -204,13 +229,16 @@ class EngineCore:
                     self._sequences.fail(generation, "internal error while computing this step")
 
     def _advance(self, chunks: list[Chunk]) -> None:
+        self.clock.enter("inputs")
         chunks, embeddings = self._inputs.embed(chunks)
         if not chunks:
             return
+        self.clock.enter("forward")
         generations = [self._sequences.by_seq[chunk.seq] for chunk in chunks]
         if self.recycler is not None:
             self.recycler.expect(generations, chunks)
         hidden = self._runner.forward_each(chunks, embeddings, [g.run.layers for g in generations])
+        self.clock.enter("sample")
         sampling: list[tuple[Generation, int]] = []
         end = 0
         for generation, chunk in zip(generations, chunks, strict=True):
@@ -223,8 +251,10 @@ class EngineCore:
             if generation.run.pooler is not None:
                 self._pool(generation, generation.run.pooler, chunk, hidden[begin:end])
             elif chunk.reaches_end:
-                started = (generation,) if generation.num_generated else self._fork(generation)
-                sampling += [(g, end - 1) for g in started]
+                if generation.num_generated:
+                    sampling.append((generation, end - 1))
+                else:
+                    sampling += [(g, end - 1) for g in self._fork(generation)]
         self._sample(hidden, sampling)
 
     def _commit_prompt(self, generation: Generation, chunk: Chunk, hidden: Tensor) -> None:
@@ -279,45 +309,53 @@ class EngineCore:
 
     def _sample(self, hidden: Tensor, sampling: list[tuple[Generation, int]]) -> None:
         """One token for each sequence, from its row of `hidden` (num_tokens, dim); ends those done."""
-        finished: list[tuple[Generation, Delta]] = []
-        wanted = []
-        for generation, row in sampling:
-            if not generation.num_generated and generation.run.request.sampling.max_tokens == 0:
-                finished.append((generation, generation.delta(reason="length")))
-            else:
-                wanted.append((generation, row))
-        tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
-        deltas = self._accept([g for g, _ in wanted], tokens)
-        finished += [(g, delta) for g, delta in deltas if delta.finish_reason is not None]
-        for generation, delta in finished:
+        silent = [g for g, _ in sampling if not g.num_generated and g.run.request.sampling.max_tokens == 0]
+        wanted = [(g, row) for g, row in sampling if g not in silent] if silent else sampling
+        read_tokens = sample_tokens(self._runner, hidden, [(g.sampler, row) for g, row in wanted])
+        if wanted:
+            self.overlay.device.record(self._sampled, Stream.COMPUTE)
+        if self._runner.is_asynchronous:
+            self._deliver()  # the former step's
+        if wanted:
+            self.clock.enter("device")
+            self.overlay.device.synchronize(self._sampled)
+        self.clock.enter("accept")
+        self._accept([g for g, _ in wanted], read_tokens())
+        for generation in silent:
             if generation in self._sequences:
-                self._sequences.finish(generation, delta)
-        for generation, delta in deltas:
-            # neither has it ended nor has the receiver of a sibling failed
-            if delta.finish_reason is None and generation in self._sequences:
-                self._sequences.deliver(generation, delta)
+                self._sequences.note(generation, None, time.monotonic())
+        if not self._runner.is_asynchronous:
+            self._deliver()
+        elif self._sequences.has_first_news:  # clients wait for these
+            self._deliver(lambda generation: generation.first_token_at is None)
 
-    def _accept(
-        self, generations: Sequence[Generation], tokens: Sequence[SampledToken]
-    ) -> list[tuple[Generation, Delta]]:
+    def _accept(self, generations: Sequence[Generation], tokens: Sequence[SampledToken]) -> None:
         """Appends each token and asks for its row; requests of which one was not drawn are ended."""
         now, is_open = time.monotonic(), self._sequences.by_seq
         if any([token.token_id is None for token in tokens]):
             self._end_undrawn(generations, tokens)
+        # Those that a stop string has ended since this step was begun are not there any more.
         drawn = [(g, t) for g, t in zip(generations, tokens, strict=True) if g.seq in is_open]
         # The reads are issued first: they go on while text is made and delivered.
         self._inputs.extend([g for g, token in drawn if g.append(token)])
-        deltas = []
         for generation, token in drawn:
             if generation.seq in is_open:  # its f-gram could be looked for
-                generation.note_token_time(now, self.observer)
-                deltas.append((generation, generation.accept(token)))
-        return deltas
+                self._sequences.note(generation, token, now)
 
     def _end_undrawn(self, generations: Sequence[Generation], tokens: Sequence[SampledToken]) -> None:
         for generation, token in zip(generations, tokens, strict=True):
-            if token.token_id is None and generation in self._sequences:
-                self._sequences.fail(generation, "the model's output is not finite", forget=True)
+            if token.token_id is None:
+                if generation in self._sequences:
+                    self._sequences.fail(generation, "the model's output is not finite", forget=True)
+                else:  # its blocks are given back
+                    scheduler.forget_prefix(self.state, generation.seq)
+
+    def _deliver(self, only: Callable[[Generation], bool] | None = None) -> None:
+        """Tells receivers, of all sequences or of some, what they have not been told."""
+        if self._sequences.has_news:
+            self.clock.enter("deliver")
+            self._sequences.tell(only)
+            self.after_deliveries()
 
     # -- recycled states -----------------------------------------------------------------------
 
@@ -341,7 +379,8 @@ class EngineCore:
                 self.observer.on_prompt_tokens(num_new)
             generation.num_generated = len(found.result.token_ids)
             if generation.num_generated:
-                generation.note_token_time(run.started_at, self.observer)
+                generation.note_token_time(run.started_at)
+                self.observer.on_first_token(run.request, run.started_at - run.submitted_at)
             self._sequences.finish(generation, found.result.delta(generation.usage()))
         elif found.states is not None:
             run.first_layer, run.states = found.layer, found.states

@@ -13,7 +13,6 @@ from scone.server.engine.detokenizer import Detokenizer
 from scone.server.engine.input_rows import InputRows, SequenceRows
 from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
 from scone.server.engine.layer_states import LayerStates
-from scone.server.engine.observer import EngineObserver
 from scone.server.engine.pooling import Pooler
 from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.sequence import Delta, FinishReason, GenerationRequest, RequestUsage, TokenLogprob
@@ -112,6 +111,14 @@ class Generation:
     is_first_delta: bool = True
     num_kept_blocks: int = 0
     _ending: _Ending = (None, None)
+    _final_ids: frozenset[int] = field(init=False)
+    _max_generated: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.run.request
+        self._final_ids = frozenset(request.sampling.final_ids(self.eos_ids))
+        room = self.max_model_len - len(request.input_ids)
+        self._max_generated = min(request.sampling.max_tokens, room)
 
     @property
     def input_rows(self) -> SequenceRows | None:
@@ -123,14 +130,22 @@ class Generation:
         """Whether prompt positions are still to be scored, so that none may come from the cache."""
         return self.run.prompt_logprobs is not None and self.num_generated == 0 and self.seq.index == 0
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token appended last ends the sequence, whatever its text is."""
+        return self._ending[0] is not None
+
     def append(self, token: SampledToken) -> bool:
-        """Appends a sampled token; whether the sequence goes on, unless the token's text ends it."""
-        assert token.token_id is not None
-        self.seq.token_ids.append(token.token_id)
-        self.sampler.append(token.token_id)
+        """Appends a sampled token; whether the sequence goes on, unless its text ends it."""
+        token_id = token.token_id
+        assert token_id is not None
+        self.seq.token_ids.append(token_id)
+        self.sampler.append(token_id)
         self.num_generated += 1
-        self._ending = self._end_after(token.token_id)
-        return self._ending[0] is None
+        if token_id not in self._final_ids and self.num_generated < self._max_generated:
+            return True
+        self._ending = self._end_after(token_id)
+        return False
 
     def accept(self, token: SampledToken) -> Delta:
         """The delta of the token appended last; it has a finish reason if that was the last one."""
@@ -151,23 +166,17 @@ class Generation:
 
     def _end_after(self, token_id: int) -> _Ending:
         """Why the sequence ends with this token, just appended, whatever its text is."""
-        params = self.run.request.sampling
-        if token_id in params.stop_token_ids:
+        if token_id in self.run.request.sampling.stop_token_ids:
             return "stop", token_id
-        if token_id in self.eos_ids and not params.ignore_eos:
-            return "stop", None
-        if self.num_generated >= params.max_tokens or len(self.seq.token_ids) >= self.max_model_len:
-            return "length", None
-        return None, None
+        return ("stop", None) if token_id in self._final_ids else ("length", None)
 
-    def note_token_time(self, now: float, observer: EngineObserver) -> None:
-        """Tells how long this token has been waited for."""
+    def note_token_time(self, now: float) -> float | None:
+        """A token came; the seconds since the one before it, None for the first."""
+        last, self.last_token_at = self.last_token_at, now
         if self.first_token_at is None:
             self.first_token_at = now
-            observer.on_first_token(self.run.request, now - self.run.submitted_at)
-        else:
-            observer.on_token(now - self.last_token_at)
-        self.last_token_at = now
+            return None
+        return now - last
 
     def delta(
         self,

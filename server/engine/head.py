@@ -6,14 +6,22 @@ Logits are computed only where they are asked for, and only so many rows of them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from scone.server.engine.batch_draw import to_device
+from scone.server.engine.batch_draw import to_device, to_host
 from scone.server.engine.generation import RequestRun
 from scone.server.engine.model_runner import Runner
-from scone.server.engine.sampler import SampledToken, SamplerState, sample, token_logprobs
+from scone.server.engine.sampler import (
+    PendingTokens,
+    SampledToken,
+    SamplerState,
+    sample,
+    token_logprobs,
+)
 from scone.server.engine.scheduler import Chunk
 
 PROMPT_LOGITS_ROWS = 64
@@ -36,19 +44,16 @@ def score_prompt(runner: Runner, run: RequestRun, chunk: Chunk, hidden: Tensor) 
 
 def sample_tokens(
     runner: Runner, hidden: Tensor, wanted: Sequence[tuple[SamplerState, int]]
-) -> list[SampledToken]:
+) -> PendingTokens:
     """The next token of each sequence, from its last hidden state: a row of `hidden` (num_tokens, dim)."""
     if not wanted:
-        return []
+        return list
     places = [row for _, row in wanted]
     if places != list(range(len(hidden))):
         hidden = hidden.index_select(0, to_device(torch.tensor(places), hidden.device))
     if all([sampler.takes_the_best for sampler, _ in wanted]):
         token_ids, logits = runner.best_tokens(hidden)
-        is_finite = logits.isfinite().tolist()
-        return [
-            SampledToken(t if f else None, None) for t, f in zip(token_ids.tolist(), is_finite, strict=True)
-        ]
+        return partial(_read_best, to_host(token_ids), to_host(logits))
     restricted = [sampler.params.allowed_token_ids for sampler, _ in wanted]
     if not any(restricted):
         logits = runner.logits(hidden)
@@ -61,3 +66,9 @@ def sample_tokens(
             if ids is not None:
                 logits[i] = runner.logits_of(hidden[i : i + 1], ids)[0]
     return sample(logits, [sampler for sampler, _ in wanted], runner.workspace)
+
+
+def _read_best(token_ids: Tensor, logits: Tensor) -> list[SampledToken]:
+    # Not by torch, whose operations hand Python's lock to whoever waits for it: the device stands idle here.
+    rows = zip(token_ids.tolist(), logits.tolist(), strict=True)
+    return [SampledToken(t if isfinite(logit) else None, None) for t, logit in rows]

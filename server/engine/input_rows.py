@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -122,12 +123,14 @@ class SequenceRows:
     Attributes:
         source: where the rows come from.
         row_ids: of its inputs, the newest one's perhaps not yet.
+        prompt_row_ids: (num_prompt_tokens,) int64: the first of them, as an array: a prompt's are many.
         staged_from: the rows of all inputs from here on have been asked for; None: of no input.
         reads: those of them that may have to be waited for, in the order of their inputs.
     """
 
     source: InputRows
     row_ids: list[int]
+    prompt_row_ids: NDArray[np.int64]
     staged_from: int | None = None
     reads: list[_Read] = field(default_factory=list)
 
@@ -155,7 +158,9 @@ class SequenceRows:
 
     def fork(self) -> SequenceRows:
         """The same inputs, all of them computed."""
-        return SequenceRows(self.source, self.row_ids.copy(), staged_from=len(self.row_ids))
+        return SequenceRows(
+            self.source, self.row_ids.copy(), self.prompt_row_ids, staged_from=len(self.row_ids)
+        )
 
     def drop_before(self, position: int) -> None:
         """Forgets what was read for inputs that are computed."""
@@ -169,8 +174,17 @@ class SequenceRows:
         self.reads.clear()
         self.staged_from = None
 
+    def ids_of(self, start: int, end: int) -> NDArray[np.int64]:
+        """Row ids (end - start,) of inputs [start, end), all of them matched."""
+        if end <= len(self.prompt_row_ids):
+            return self.prompt_row_ids[start:end]
+        return np.array(self.row_ids[start:end], np.int64)
+
     def num_matched(self, num_inputs: int) -> int:
-        return sum(row_id >= 0 for row_id in self.row_ids[:num_inputs])
+        """How many of the first inputs have a row; those that are there, if fewer were matched."""
+        num_prompt = min(num_inputs, len(self.prompt_row_ids))
+        in_prompt = int(np.count_nonzero(self.prompt_row_ids[:num_prompt] >= 0))
+        return in_prompt + sum([row_id >= 0 for row_id in self.row_ids[num_prompt:num_inputs]])
 
 
 Rows = Sequence[SequenceRows | None]
@@ -209,15 +223,17 @@ class InputRows:
     def match(self, input_ids: Sequence[int]) -> SequenceRows:
         """Matches a whole prompt; reads nothing yet."""
         row_ids, _ = self.table.match(np.asarray(input_ids, dtype=np.int32))
-        return SequenceRows(self, np.asarray(row_ids).tolist())
+        return SequenceRows(self, row_ids.tolist(), row_ids)
 
     def stage(self, rows: SequenceRows, start: int) -> None:
         """Issues the reads of all inputs from `start` on, unless they are under way."""
         if rows.staged_from is not None and rows.staged_from <= start:
             return
         rows.cancel()
-        row_ids = np.array(rows.row_ids, np.int64)
         rows.staged_from = start
+        if self.table.never_waits:
+            return
+        row_ids = rows.ids_of(0, len(rows.row_ids))
         while start < len(row_ids):
             end = min(len(row_ids), (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
             pending = self._source.submit(row_ids[start:end])
@@ -262,10 +278,12 @@ class InputRows:
             num_wanted = self._match_newest(row_ids, token_ids)
             if len(late) == num_inputs:  # all decode
                 return self._found.row_ids[:num_wanted], self._found.places[:num_wanted]
-        all_row_ids: list[int] = []
-        for r, c in zip(rows, chunks, strict=True):
-            all_row_ids += [-1] * c.num_tokens if r is None else r.row_ids[c.start : c.start + c.num_tokens]
-        found = np.array(all_row_ids, np.int64)
+        found = np.concatenate(
+            [
+                np.full(c.num_tokens, -1) if r is None else r.ids_of(c.start, c.start + c.num_tokens)
+                for r, c in zip(rows, chunks, strict=True)
+            ]
+        )
         places = (found >= 0).nonzero()[0]
         return found[places], places
 
@@ -298,6 +316,14 @@ class InputRows:
             )
             return len(newest.ids) if is_done else None
         return self.table.look_up_newest(token_ids, row_ids, positions, out)
+
+    def match_newest(
+        self, row_ids: list[list[int]], token_ids: list[list[int]], positions: list[int], out: IdTarget
+    ) -> int | None:
+        """As `look_up_newest` without the rows; None, and nothing was done, if some was matched before."""
+        if not self.table.never_waits or [len(ids) for ids in row_ids] != positions:
+            return None
+        return self.table.match_newest(token_ids, row_ids, out)
 
     def gather(
         self,
@@ -333,9 +359,9 @@ class InputRows:
 
     def count_tiers(self, rows: SequenceRows, num_inputs: int) -> dict[str, int]:
         """How many of the first `num_inputs` rows lie in each tier of the table."""
-        row_ids = np.array([r for r in rows.row_ids[:num_inputs] if r >= 0], dtype=np.int64)
-        names, counts = np.unique(np.asarray(self.table.tier_of(row_ids)).astype(str), return_counts=True)
-        return dict(zip(names.tolist(), counts.tolist(), strict=True))
+        row_ids = rows.ids_of(0, min(num_inputs, len(rows.row_ids)))
+        row_ids = row_ids[row_ids >= 0]
+        return dict(sorted(Counter(self.table.tier_of(row_ids).tolist()).items()))
 
     def _match_newest(self, row_ids: list[list[int]], token_ids: list[list[int]]) -> int:
         """Of each sequence, the row id of the newest token; those that there are also to `_found`."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scone.server.engine.batch_draw import to_device
 from scone.server.sequence import SamplingParams
 
 
@@ -107,7 +108,7 @@ class EditedLogits:
         values: Any = np.concatenate([e.values for _, e in rows])
         self._logits: Any = logits.view(-1)
         if logits.is_cuda:
-            places, values = (torch.from_numpy(x).to(logits.device) for x in (places, values))
+            places, values = (to_device(torch.from_numpy(x), logits.device) for x in (places, values))
         else:  # in NumPy: torch's threads take longer to meet than all of this
             self._logits = self._logits.numpy()
         self._places = places

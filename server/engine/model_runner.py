@@ -71,6 +71,8 @@ class Runner(Protocol):
     def state_identity(self) -> StateIdentity: ...
     @property
     def workspace(self) -> Workspace | None: ...
+    @property
+    def is_asynchronous(self) -> bool: ...
     def embed(self, chunks: Sequence[Chunk]) -> Tensor: ...
     def forward_each(
         self, chunks: Sequence[Chunk], embeddings: Tensor, ranges: Sequence[LayerRange]
@@ -125,11 +127,13 @@ class ModelRunner:
         dtype: of embeddings and hidden states.
         kv_dtype, kv_cache_size: type of keys and values, and what is set aside for them.
         workspace: threads for native kernels that sample; None: the backend is another.
+        is_asynchronous: whether a forward pass is only queued, so that the host is free while it runs.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
         """Raises SettingError if a setting asks for what this machine or model cannot do."""
         self.device = decoder.device
+        self.is_asynchronous = self.device.type != "cpu"
         self.block_size = config.block_size
         shape = decoder.config
         self.vocab_size, self.dim, self.num_layers = shape.vocab_size, shape.dim, shape.num_layers

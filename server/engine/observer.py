@@ -35,8 +35,8 @@ class EngineObserver(Protocol):
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
         """Once a sequence; seconds since the request was submitted."""
 
-    def on_token(self, seconds: float) -> None:
-        """Each later token; seconds since the sequence's last one."""
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
+        """So many sequences had a later token, each so long after its last one."""
 
     def on_rows_waited(self, seconds: float) -> None:
         """A sequence could have run but for its rows, for so long."""
@@ -62,7 +62,7 @@ class SilentObserver:
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
         pass
 
-    def on_token(self, seconds: float) -> None:
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
         pass
 
     def on_rows_waited(self, seconds: float) -> None:

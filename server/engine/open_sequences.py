@@ -1,9 +1,15 @@
-"""The sequences under way: how each begins, is heard of, and ends, giving back all that it holds."""
+"""The sequences under way: how each begins, is heard of, and ends, giving back all that it holds.
+
+What a sequence's token means for the next step is known at once (`note`); what its client gets of it may be
+made later (`tell`): while the next step runs on a device beside the host.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Callable
 
 from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine import scheduler
@@ -13,11 +19,15 @@ from scone.server.engine.observer import EngineObserver
 from scone.server.engine.recycler import Recycler
 from scone.server.engine.row_overlay import RowOverlay
 from scone.server.engine.row_waits import RowWaits
-from scone.server.engine.sampler import SamplerState
+from scone.server.engine.sampler import SampledToken, SamplerState
 from scone.server.engine.scheduler import SchedulerState, Status
 from scone.server.sequence import Delta, FinishReason
 
 logger = logging.getLogger(__name__)
+
+
+_News = tuple[Generation, SampledToken | None, float]
+"""A sequence's newest token, of which nobody is told yet (None: it ends without one), and when it came."""
 
 
 class OpenSequences:
@@ -28,6 +38,7 @@ class OpenSequences:
         waits: which of them wait for f-gram rows.
         recycler: is told what ends, if states are kept.
         num_finished: sequences that have ended, a counter.
+        has_first_news: whether some receiver has still to be told of its sequence's first token.
     """
 
     def __init__(
@@ -42,6 +53,8 @@ class OpenSequences:
         self.waits = RowWaits()
         self.recycler: Recycler | None = None
         self.num_finished = 0
+        self.has_first_news = False
+        self._news: deque[_News] = deque()
         self._state = state
         self._overlay = overlay
         self._tokenizer = tokenizer
@@ -73,6 +86,59 @@ class OpenSequences:
         self.waits.note(generation)
         return generation
 
+    @property
+    def has_news(self) -> bool:
+        """Whether some receiver has still to be told of a token, or of an end."""
+        return bool(self._news)
+
+    def note(self, generation: Generation, token: SampledToken | None, now: float) -> None:
+        """A sequence has its next token, or ends without one: from now on its receiver may be told.
+
+        One that the token itself ends gives back here what it holds. One that its text ends is found by
+        `tell`, and may be on its way through another step by then, of which nothing is kept.
+        """
+        self._news.append((generation, token, now))
+        self.has_first_news |= generation.first_token_at is None
+        if token is None or generation.is_ending:
+            self._close(generation)
+
+    def tell(self, only: Callable[[Generation], bool] | None = None) -> None:
+        """Tells receivers, of all sequences or of some, what was noted since the last time."""
+        news = self._news
+        others: list[_News] = []
+        if only is not None:
+            news = deque([n for n in self._news if only(n[0])])
+            others = [n for n in self._news if not only(n[0])]
+            self._news.clear()  # in place: a receiver that fails brings us here from the loop below
+            self._news.extend(others)
+        self.has_first_news = any([n[0].first_token_at is None for n in others])
+        gaps: dict[float, int] = {}  # as a rule one: sequences that decode have their tokens together
+        while news:
+            generation, token, at = news.popleft()
+            if token is not None:
+                gap = generation.note_token_time(at)
+                if gap is None:
+                    self.observer.on_first_token(generation.run.request, at - generation.run.submitted_at)
+                else:
+                    gaps[gap] = gaps.get(gap, 0) + 1
+            self._tell(generation, token)
+        for gap, num_tokens in gaps.items():
+            self.observer.on_tokens(gap, num_tokens)
+
+    def _tell(self, generation: Generation, token: SampledToken | None) -> None:
+        try:
+            delta = generation.delta(reason="length") if token is None else generation.accept(token)
+        except Exception:
+            logger.exception("request %s: its text cannot be made", generation.run.request.request_id)
+            error = "internal error while making the text"
+            self.finish(generation, generation.delta(reason="error", error=error))
+            self.fail(generation, error)
+            return
+        if delta.finish_reason is None:
+            self.deliver(generation, delta)
+        else:
+            self.finish(generation, delta)
+
     def fail(self, generation: Generation, message: str, *, forget: bool = False) -> None:
         """Ends the whole request of a sequence with an error."""
         self.end(generation.run, "error", message, forget=forget)
@@ -80,10 +146,11 @@ class OpenSequences:
     def end(
         self, run: RequestRun, reason: FinishReason, error: str | None = None, *, forget: bool = False
     ) -> None:
-        """Ends all open sequences of a request, also those that have not begun.
+        """Ends all open sequences of a request, also those that have not begun, once what they had is told.
 
         With `forget`, none of their blocks is found again: what they hold may be damaged.
         """
+        self.tell(lambda generation: generation.run is run)
         for index in range(len(run.generations), run.request.n):
             seq = scheduler.Sequence(
                 arrival=run.arrival,
@@ -97,10 +164,11 @@ class OpenSequences:
                 self.finish(generation, generation.delta(reason=reason, error=error), forget=forget)
 
     def finish(self, generation: Generation, delta: Delta, *, forget: bool = False) -> None:
-        """Gives back everything a sequence holds and delivers its last delta."""
+        """Gives back everything a sequence holds, if it has not yet, and delivers its last delta."""
         assert delta.finish_reason is not None
         assert delta.usage is not None
-        self._close(generation, forget)
+        if generation in self:
+            self._close(generation, forget)
         run = generation.run
         run.num_open -= 1
         self.num_finished += 1
@@ -119,7 +187,7 @@ class OpenSequences:
             if delta.finish_reason is None:
                 self.end(generation.run, "abort")
 
-    def _close(self, generation: Generation, forget: bool) -> None:
+    def _close(self, generation: Generation, forget: bool = False) -> None:
         del self.by_seq[generation.seq]
         self.waits.forget(generation)
         if not self.by_seq:

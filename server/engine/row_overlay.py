@@ -16,7 +16,8 @@ from torch import Tensor
 
 from scone.cache.cuda_device import CudaDevice
 from scone.cache.device import CpuDevice, Device
-from scone.cache.staging_ring import StagingRing
+from scone.cache.device_rows import DeviceRows
+from scone.cache.staging_ring import Slot, StagingRing
 from scone.kernels.row_target import RowTarget
 from scone.server.engine.input_rows import InputRows, Rows, SequenceRows
 from scone.server.engine.scheduler import Chunk
@@ -27,10 +28,13 @@ class _Batch(NamedTuple):
 
     Attributes:
         look_up: the source's `look_up_newest`, of the lists that these sequences go on filling.
+        match: its `match_newest`, of the same.
     """
 
     rows: Rows
+    source: InputRows
     look_up: Callable[[list[int], RowTarget], int | None]
+    match: Callable[[list[int], RowTarget], int | None]
 
 
 class RowOverlay:
@@ -65,7 +69,10 @@ class RowOverlay:
             return batch.look_up(positions, self._embeddings) is not None
         slot = self.ring.reserve(len(chunks))
         assert slot is not None, "each step gives its slot back"
+        device_rows = batch.source.table.device_rows
         try:
+            if device_rows is not None:
+                return self._lay_newest_of_tiers(batch, device_rows, slot, positions, embeddings)
             num_rows = batch.look_up(positions, slot.target)
             if num_rows:
                 staged, places = self.ring.hand_over(slot, num_rows)
@@ -73,6 +80,32 @@ class RowOverlay:
             return num_rows is not None
         finally:
             self.ring.release(slot)
+
+    def _lay_newest_of_tiers(
+        self, batch: _Batch, device_rows: DeviceRows, slot: Slot, positions: list[int], embeddings: Tensor
+    ) -> bool:
+        """`lay_newest` where the device holds rows of its own, through a reserved slot."""
+        num_rows = batch.match(positions, slot.target)
+        if not num_rows:
+            return num_rows is not None
+        ids, places = slot.row_ids[:num_rows], slot.indices[:num_rows]
+        is_staged = ids >= device_rows.num_rows
+        num_staged = int(np.count_nonzero(is_staged))
+        if num_staged:  # they go first, as the ring has it
+            order = np.argsort(~is_staged, kind="stable")
+            ids, places = ids[order], places[order]
+            slot.row_ids[:num_rows], slot.indices[:num_rows] = ids, places
+            batch.source.table.read_into(ids[:num_staged], slot.host_rows[:num_staged])
+        slot.indices[num_rows : 2 * num_rows - num_staged] = ids[num_staged:]
+        staged, staged_places = self.ring.hand_over(slot, num_staged)
+        if num_staged:
+            self.device.launch(partial(embeddings.index_copy_, 0, staged_places, staged))
+        if num_staged < num_rows:
+            indices = slot.views().device_indices
+            its_places, its_ids = indices[num_staged:num_rows], indices[num_rows : 2 * num_rows - num_staged]
+            self.device.launch(partial(device_rows.lay, its_ids, its_places, embeddings))
+            batch.source.table.count_device_rows(num_rows - num_staged)
+        return True
 
     def lay(self, rows: Sequence[SequenceRows | None], chunks: Sequence[Chunk], embeddings: Tensor) -> None:
         """Replaces the embeddings of inputs that have a row; done when work launched later runs.
@@ -151,7 +184,13 @@ def _batch_of(rows: Rows, chunks: Sequence[Chunk]) -> _Batch | None:
     if len(present) < len(rows) or len({r.source for r in present}) != 1:
         return None
     row_ids, token_ids = [r.row_ids for r in present], [chunk.seq.token_ids for chunk in chunks]
-    return _Batch(rows, partial(present[0].source.look_up_newest, rows, row_ids, token_ids))
+    source = present[0].source
+    return _Batch(
+        rows,
+        source,
+        partial(source.look_up_newest, rows, row_ids, token_ids),
+        partial(source.match_newest, row_ids, token_ids),
+    )
 
 
 def staging_device(device: torch.device) -> Device:

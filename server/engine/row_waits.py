@@ -23,6 +23,11 @@ class RowWaits:
         self._reading: set[Generation] = set()
         self._asked: list[tuple[PendingRows, Sequence[Generation]]] = []
 
+    @property
+    def expects_rows(self) -> bool:
+        """Whether rows of some sequence were not there when last looked."""
+        return bool(self._reading or self._asked)
+
     def expect(self, pending: PendingRows, generations: Sequence[Generation]) -> None:
         """The newest tokens' rows were asked for, of sequences that had all others.
 

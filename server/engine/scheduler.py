@@ -19,7 +19,6 @@ sequence ends.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -195,6 +194,12 @@ def finish(state: SchedulerState, seq: Sequence, *, forget: bool = False) -> Non
     seq.status = Status.FINISHED
 
 
+def forget_prefix(state: SchedulerState, seq: Sequence) -> None:
+    """Drops from the prefix cache what an ended sequence has made findable."""
+    for block_id in state.pool.find(seq.block_hashes):
+        state.pool.forget(block_id)
+
+
 def end_restoring(state: SchedulerState, seq: Sequence, num_fetched: int) -> None:
     """The next `num_fetched` blocks of a restoring sequence have their content: it runs on from there.
 
@@ -250,15 +255,12 @@ def cached_blocks(state: SchedulerState, seq: Sequence) -> list[int]:
     return state.pool.find(seq.block_hashes[:num_blocks])
 
 
-def _serving_order(state: SchedulerState) -> Iterator[Sequence]:
+def _serving_order(state: SchedulerState) -> list[Sequence]:
     """Running sequences: decoding ones first, so that long prompts do not hold them up."""
-    prefilling = []
-    for seq in list(state.running):
-        if seq.num_uncomputed_tokens == 1:
-            yield seq
-        else:
-            prefilling.append(seq)
-    yield from prefilling
+    decoding = [s for s in state.running if len(s.token_ids) - s.num_computed_tokens == 1]
+    if len(decoding) == len(state.running):
+        return decoding
+    return decoding + [s for s in state.running if s.num_uncomputed_tokens != 1]
 
 
 def _admit(state: SchedulerState, budget: int, result: Schedule) -> None:

@@ -91,6 +91,7 @@ class LateRunner(ModelRunner):
 
     def __init__(self, decoder: Decoder, config: EngineConfig, device: SimDevice) -> None:
         super().__init__(decoder, config)
+        self.is_asynchronous = True
         self._device = device
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:

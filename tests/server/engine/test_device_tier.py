@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,13 @@ def path(
 
 
 def answers(make_world: MakeWorld, path: Path, config: TableConfig, device: SimDevice | None) -> list[object]:
-    world = make_world(None, device, max_num_batched_tokens=8, max_num_seqs=4)
+    world = make_world(None, device, max_num_batched_tokens=8, max_num_seqs=6)
     with FGramTable.open(path, config) as table:
         world.input_rows = read_ahead(table, world.core.overlay.device)
-        outcomes = [world.add(random_prompt(seed, 30), max_tokens=5) for seed in range(3)]
+        table.wait_loaded()
+        allowed = tuple(range(3, 12))  # of which there are f-grams
+        wanted: dict[str, Any] = {"max_tokens": 25, "temperature": 1.0, "allowed_token_ids": allowed}
+        outcomes = [world.add(random_prompt(seed, 12), seed=seed, **wanted) for seed in range(5)]
         world.run()
         world.input_rows.close()
         num_rows = min(table.num_fgrams, config.device_bytes // table.manifest.row_bytes)
@@ -53,11 +57,15 @@ def answers(make_world: MakeWorld, path: Path, config: TableConfig, device: SimD
     return [outcome.tokens() for outcome in outcomes]
 
 
-@pytest.mark.parametrize("device_bytes", [0, 4000, 1 << 30])
-def test_any_budget_gives_the_same_tokens(make_world: MakeWorld, path: Path, device_bytes: int) -> None:
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 30], ids=["disk", "ram"])
+@pytest.mark.parametrize("device_bytes", [0, 12_000, 1 << 30])
+def test_any_budget_gives_the_same_tokens(
+    make_world: MakeWorld, path: Path, device_bytes: int, ram_bytes: int
+) -> None:
+    """Rows of a decode step go a slow way where some are on a disk, a quick one where all are in memory."""
     expected = answers(make_world, path, TableConfig(), None)
     for seed in range(4):
-        config = TableConfig(device_bytes=device_bytes)
+        config = TableConfig(device_bytes=device_bytes, ram_bytes=ram_bytes)
         device = SimDevice(seed)
         assert answers(make_world, path, config, device) == expected
         assert (device.usage.table_bytes > 0) == (device_bytes > 0)

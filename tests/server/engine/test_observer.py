@@ -28,8 +28,8 @@ class TokenCounter(SilentObserver):
     def on_first_token(self, request: GenerationRequest, seconds: float) -> None:
         self.num_generated += 1
 
-    def on_token(self, seconds: float) -> None:
-        self.num_generated += 1
+    def on_tokens(self, seconds: float, num_tokens: int) -> None:
+        self.num_generated += num_tokens
 
 
 def test_tokens_are_counted_as_they_are_computed(make_world: MakeWorld, dict_table: DictTable) -> None:

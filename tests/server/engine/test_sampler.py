@@ -12,7 +12,7 @@ from scone.kernels.packed_linear import Workspace
 from scone.kernels.token_draw import draw_tokens
 from scone.server.engine.batch_draw import draw_together
 from scone.server.engine.logit_edits import EditedLogits
-from scone.server.engine.sampler import SamplerState, sample, token_logprobs
+from scone.server.engine.sampler import SamplerState, sample, sample_on_device, token_logprobs
 from scone.server.sequence import SamplingParams
 
 VOCAB = 600
@@ -30,7 +30,7 @@ def draw_many(logits: Tensor, num: int, **params: Any) -> Counter[int]:
     one = state(seed=1, **params)
     drawn: Counter[int] = Counter()
     for _ in range(num):
-        token = sample(logits[None], [one])[0].token_id
+        token = sample(logits[None], [one])()[0].token_id
         assert token is not None
         drawn[token] += 1
     return drawn
@@ -82,9 +82,9 @@ def test_seeded_draws_do_not_depend_on_the_batch() -> None:
     together = [state(**p) for p in params]
     alone = [state(**p) for p in params]
     for _ in range(5):
-        batch = sample(rows, together)
+        batch = sample(rows, together)()
         for i in range(8):
-            assert sample(rows[i : i + 1], [alone[i]])[0] == batch[i]
+            assert sample(rows[i : i + 1], [alone[i]])()[0] == batch[i]
             token_id = batch[i].token_id
             assert token_id is not None
             together[i].append(token_id)
@@ -94,10 +94,10 @@ def test_seeded_draws_do_not_depend_on_the_batch() -> None:
 def test_sequences_of_one_request_draw_differently() -> None:
     logits = torch.zeros(1, VOCAB)
     states = [SamplerState(SamplingParams(seed=7), index, (), ()) for index in range(4)]
-    assert len({sample(logits, [s])[0].token_id for s in states}) == 4
+    assert len({sample(logits, [s])()[0].token_id for s in states}) == 4
     again = SamplerState(SamplingParams(seed=9), 0, (), ())
     other = SamplerState(SamplingParams(seed=7), 2, (), ())
-    assert sample(logits, [again])[0] == sample(logits, [other])[0]
+    assert sample(logits, [again])()[0] == sample(logits, [other])()[0]
 
 
 def test_penalties_by_their_formulas() -> None:
@@ -166,29 +166,29 @@ def test_a_sequence_that_may_end_takes_the_best_again() -> None:
 def test_bias_and_minimum_length() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 2] = 10
-    assert sample(logits, [state(temperature=0.0)])[0].token_id == 2
-    assert sample(logits, [state(temperature=0.0, logit_bias={9: 20.0})])[0].token_id == 9
+    assert sample(logits, [state(temperature=0.0)])()[0].token_id == 2
+    assert sample(logits, [state(temperature=0.0, logit_bias={9: 20.0})])()[0].token_id == 9
     waiting = state(temperature=0.0, min_tokens=1)
-    assert sample(logits, [waiting])[0].token_id != 2
+    assert sample(logits, [waiting])()[0].token_id != 2
     waiting.append(0)
-    assert sample(logits, [waiting])[0].token_id == 2
+    assert sample(logits, [waiting])()[0].token_id == 2
 
 
 def test_rows_that_are_not_finite_are_told_apart() -> None:
     rows = torch.stack([row(1), row(2), row(3)])
     rows[1, 17] = torch.nan
     rows[2, 3] = torch.inf
-    tokens = [s.token_id for s in sample(rows, [state(temperature=0.0) for _ in range(3)])]
+    tokens = [s.token_id for s in sample(rows, [state(temperature=0.0) for _ in range(3)])()]
     assert tokens == [int(rows[0].argmax()), None, None]
     rows[1, 17], rows[1, 2] = 0.0, torch.nan  # where the end is forbidden
     waiting = state(temperature=0.0, min_tokens=1)
-    assert sample(rows[1:2], [waiting])[0].token_id is None
+    assert sample(rows[1:2], [waiting])()[0].token_id is None
 
 
 def test_logprobs_are_the_models_own() -> None:
     logits = torch.stack([row(1), row(2)])
     states = [state(temperature=0.0, logit_bias={4: 100.0}, logprobs=3), state(temperature=0.0, logprobs=0)]
-    biased, plain = sample(logits, states)
+    biased, plain = sample(logits, states)()
     expected = logits.log_softmax(-1)
     assert biased.logprob is not None
     assert plain.logprob is not None
@@ -202,7 +202,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_tiny_temperatures_are_greedy() -> None:
-    assert sample(row(1)[None], [state(temperature=1e-30)])[0].token_id == int(row(1).argmax())
+    assert sample(row(1)[None], [state(temperature=1e-30)])()[0].token_id == int(row(1).argmax())
 
 
 MIXED_PARAMS: list[dict[str, Any]] = [
@@ -231,8 +231,8 @@ def test_a_batch_is_chosen_as_row_by_row() -> None:
         edited = EditedLogits(logits, [one.edits for one in each])
         draws = [one.next_draw() for one in each]
         expected = draw_tokens(None, logits, draws)
-        assert draw_together(logits, draws) == expected
-        assert [draw_together(logits[i : i + 1], [d])[0] for i, d in enumerate(draws)] == expected
+        assert draw_together(logits, draws).tolist() == expected
+        assert [int(draw_together(logits[i : i + 1], [d])) for i, d in enumerate(draws)] == expected
         edited.restore()
         for token_id, one in zip(expected, each, strict=True):
             assert token_id is not None
@@ -249,8 +249,8 @@ def test_native_kernels_sample_what_their_oracle_does() -> None:
     fast, slow = states(), states()
     for step in range(30):
         logits = torch.stack([row(step * len(fast) + i) for i in range(len(fast))])
-        tokens = sample(logits, fast, workspace)
-        assert tokens == sample(logits, slow)
+        tokens = sample(logits, fast, workspace)()
+        assert tokens == sample(logits, slow)()
         for token, *ones in zip(tokens, fast, slow, strict=True):
             assert token.token_id is not None
             for one in ones:
@@ -263,5 +263,31 @@ def test_in_a_batch_only_rows_that_are_not_finite_get_no_token() -> None:
     draws = [state(seed=1, temperature=t).next_draw() for t in (0.0, 0.0, 1.0)]
     tokens = draw_together(logits, draws)
     assert tokens[0] == int(logits[0].argmax())
-    assert tokens[1] is None
-    assert tokens[2] is not None
+    assert tokens[1] == -1
+    assert tokens[2] >= 0
+
+
+def test_a_device_scores_what_the_host_does() -> None:
+    """`sample_on_device`, which runs on CUDA, against `sample`: rows that are not finite among the others."""
+
+    def states() -> list[SamplerState]:
+        return [
+            state((1, 2, 3), seed=i, logprobs=(None, 0, 3, VOCAB + 1)[i % 4], **params)
+            for i, params in enumerate(MIXED_PARAMS)
+        ]
+
+    here, there = states(), states()
+    for step in range(20):
+        logits = torch.stack([row(step * len(here) + i) for i in range(len(here))])
+        logits[step % len(here), 5] = torch.nan
+        expected, tokens = sample(logits.clone(), here)(), sample_on_device(logits, there)()
+        for token, other, *ones in zip(expected, tokens, here, there, strict=True):
+            assert token.token_id == other.token_id
+            if token.logprob is None or token.token_id is None:
+                assert other.logprob is token.logprob
+                continue
+            assert other.logprob is not None
+            assert other.logprob.logprob == pytest.approx(token.logprob.logprob, abs=1e-5)
+            assert [t for t, _ in other.logprob.top] == [t for t, _ in token.logprob.top]
+            for one in ones:
+                one.append(token.token_id)
