@@ -59,7 +59,8 @@ test-sanitized: $(VENV)/.test links ## build the kernels with ASan and UBSan and
 	@cp kernels/*.py $(SANITIZED)/scone/kernels
 	@for d in $(filter-out kernels,$(FLOORS)); do ln -sfn $(CURDIR)/$$d $(SANITIZED)/scone/$$d; done
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	$(BIN)/python -m pytest -q -m "not heavy" tests/kernels tests/cache/test_readers.py tests/cache/test_refusals.py tests/cache/test_queued_rows.py
+	$(BIN)/python -m pytest -q -m "not heavy" tests/kernels tests/cache/test_readers.py tests/cache/test_refusals.py tests/cache/test_queued_rows.py \
+	tests/server/engine/test_kv_cache_dtype.py tests/server/engine/test_native_blocks.py
 
 test-openapi: $(VENV)/.test links ## compare the OpenAPI document with the server's behaviour (schemathesis, own environment)
 	@test -x .venv-openapi/bin/schemathesis || { $(PYTHON) -m venv .venv-openapi && .venv-openapi/bin/pip install --quiet 'schemathesis>=4.32,<5'; }

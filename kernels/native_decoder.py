@@ -1,8 +1,9 @@
 """A Llama-family decoder as one native call a step, over packed weights and a paged cache.
 
-Native (native/decoder.cpp). The oracle is `scone.model_store.decoder.Decoder` with paged attention in
-torch, on the same rounded weights. Every element of the result is computed in an order that depends on
-its own sequence alone, so that a token's hidden state is the same bit for bit in any batch and chunking.
+Native (native/decoder.cpp, native/decoder_pass.hpp). The oracle is `scone.model_store.decoder.Decoder` with
+paged attention in torch, on the same rounded weights. Every element of the result is computed in an order
+that depends on its own sequence alone, so that a token's hidden state is the same bit for bit in any batch
+and chunking.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class NativeDecoder:
     ) -> Tensor:
         """Turns embeddings (num_tokens, dim) float32 into hidden states, in place; stores keys and values.
 
-        positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim).
-        A block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
+        positions (num_tokens,) int32; caches (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
+        float32 or bfloat16, to which keys and values are rounded then, before any query meets them. A
+        block's keys are stored the other way round, (head_dim, block_size): copy whole blocks only.
         Stops after `num_layers`, before the final norm, if that is less than all. With `first_layer`,
         `embeddings` are the states after so many layers, and only the layers from there on are run. Of tokens
         that are not wanted (`batch.num_wanted`) the last of them computes no more than keys and values. The

@@ -43,7 +43,11 @@ class Workspace:
 
 
 class PackedLinear:
-    """A linear map (num_outputs, num_inputs) with packed weights."""
+    """A linear map (num_outputs, num_inputs) with packed weights.
+
+    Attributes:
+        rounds_inputs: whether inputs are rounded to the kind's, so that products are not those of float32.
+    """
 
     def __init__(
         self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None, *, round_inputs: bool = True
@@ -56,6 +60,7 @@ class PackedLinear:
         assert native is not None, "needs the native extension"
         self.num_outputs, self.num_inputs = weight.shape
         self.kind = kind
+        self.rounds_inputs = round_inputs and kind != "f32"
         self.native: Any = native.PackedLinear(
             _float32(weight), kind, round_inputs, None if bias is None else _float32(bias)
         )

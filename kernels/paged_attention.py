@@ -47,10 +47,10 @@ class PagedBatch:
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Stores k and v (num_tokens, num_kv_heads, head_dim) in one layer's cache."""
+    """Stores k and v (num_tokens, num_kv_heads, head_dim) in one layer's cache, rounded to its type."""
     blocks, places = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[blocks, :, places] = k
-    v_cache[blocks, :, places] = v
+    k_cache[blocks, :, places] = k.to(k_cache.dtype)
+    v_cache[blocks, :, places] = v.to(v_cache.dtype)
 
 
 def paged_attention_reference(
@@ -64,8 +64,8 @@ def paged_attention_reference(
         begin, end = starts[seq], starts[seq + 1]
         blocks = batch.block_tables[seq, : -(-context // block_size)].long()
         # (num_kv_heads, context, head_dim)
-        keys = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
-        values = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
+        keys = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].to(q.dtype)
+        values = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].to(q.dtype)
         positions = torch.arange(context - (end - begin), context, device=q.device)
         visible = torch.arange(context, device=q.device) <= positions.unsqueeze(1)
         attended = scaled_dot_product_attention(

@@ -1,12 +1,12 @@
 """What the native kernels take of a step: `python -m load_tests.kernel_speed --model MODEL`
 
 Runs the layers and the head alone, without scheduler, sampler or HTTP: decode steps of some sequences, the
-prefill of one prompt, and the same where all its hidden states are asked for, for each quantisation and each
-instruction set that the processor has. The head is asked for greedy tokens, as most steps do. Times are the
-least and the median over rounds in which all of them take turns; layers and head follow each other, so that
-neither finds its weights in the caches unless both fit. `gflops` counts two operations a weight of the maps
-used; `gbs` the bytes of their packed weights, which a step of few sequences reads once. The last line is one
-JSON object.
+prefill of one prompt, and the same where all its hidden states are asked for, for each quantisation, each
+instruction set that the processor has, and keys and values in float32 and in bfloat16. The head is asked for
+greedy tokens, as most steps do. Times are the least and the median over rounds in which all of them take
+turns; layers and head follow each other, so that neither finds its weights in the caches unless both fit.
+`gflops` counts two operations a weight of the maps used; `gbs` the bytes of their packed weights, which a
+step of few sequences reads once. The last line is one JSON object.
 
 `--stored-as bfloat16` rounds the weights first, so that they are held as those of a checkpoint in that type.
 
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ STEPS = (
     Step("decode 1", 1, 1, 64),
     Step("decode 8", 8, 1, 64),
     Step("decode 32", 32, 1, 64),
+    Step("decode 1 after 1500", 1, 1, 1501),
+    Step("decode 8 after 1500", 8, 1, 1501),
     Step("decode 32 after 1500", 32, 1, 1501),
     Step("prefill 512", 1, 512, 512),
     Step("prefill 512 after 1500", 1, 512, 2012),
@@ -64,28 +67,35 @@ STEPS = (
 )
 
 
-def caches_for(decoder: Decoder) -> tuple[Tensor, Tensor]:
+def caches_for(decoder: Decoder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values, as many as the largest step has; their values do not matter."""
     shape = decoder.config
     blocks = max(step.num_seqs * -(-step.context_len // BLOCK_SIZE) for step in STEPS)
     size = (shape.num_layers, blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
-    return torch.zeros(size), torch.zeros(size)
+    return torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
+
+
+class Setting(NamedTuple):
+    """What is compared."""
+
+    quantization: Any
+    instruction_set: str
+    kv_cache_dtype: str
 
 
 class Bench:
-    """One packed model; all of them use the same caches."""
+    """One packed model; those of one `kv_cache_dtype` use the same caches."""
 
     def __init__(
         self,
         decoder: Decoder,
         caches: tuple[Tensor, Tensor],
-        quantization: Any,
-        instruction_set: str,
+        setting: Setting,
         num_threads: int,
     ) -> None:
         longest = max(step.context_len for step in STEPS)
         self.forward = NativeForward(
-            decoder, quantization, num_threads, longest, instruction_set=instruction_set
+            decoder, setting.quantization, num_threads, longest, instruction_set=setting.instruction_set
         )
         maps = [p.numel() for name, p in decoder.named_parameters() if "_proj.weight" in name]
         self.num_weights = {"layers": sum(maps), "head": decoder.lm_head.weight.numel()}
@@ -128,11 +138,11 @@ def seconds(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
 
 
 def measure(
-    benches: dict[tuple[str, str], Bench], rounds: int
-) -> dict[tuple[str, str, Step, str], list[float]]:
-    """Seconds by quantisation, instruction set, step and piece."""
-    pieces = {(*key, step): bench.pieces(step) for step in STEPS for key, bench in benches.items()}
-    times: dict[tuple[str, str, Step, str], list[float]] = {}
+    benches: dict[Setting, Bench], steps: Sequence[Step], rounds: int
+) -> dict[tuple[Setting, Step, str], list[float]]:
+    """Seconds by setting, step and piece."""
+    pieces = {(setting, step): bench.pieces(step) for step in steps for setting, bench in benches.items()}
+    times: dict[tuple[Setting, Step, str], list[float]] = {}
     for _ in range(rounds):
         for place, calls in pieces.items():
             for piece, taken in zip(calls, seconds(list(calls.values())), strict=True):
@@ -154,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stored-as", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quantization", nargs="+", default=["none", "auto"])
     parser.add_argument("--instruction-sets", nargs="+", default=INSTRUCTION_SETS[:-1], metavar="SET")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--steps", nargs="+", default=[step.name for step in STEPS], metavar="STEP")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -161,22 +173,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     decoder = open_checkpoint(arguments.model).decoder(getattr(torch, arguments.stored_as)).float()
     with torch.inference_mode():
-        caches = caches_for(decoder)
+        caches = {name: caches_for(decoder, getattr(torch, name)) for name in arguments.kv_cache_dtype}
+        chosen = (arguments.quantization, arguments.instruction_sets, arguments.kv_cache_dtype)
         benches = {
-            (quantization, name): Bench(decoder, caches, quantization, name, arguments.threads)
-            for quantization in arguments.quantization
-            for name in arguments.instruction_sets
+            setting: Bench(decoder, caches[setting.kv_cache_dtype], setting, arguments.threads)
+            for setting in map(Setting._make, product(*chosen))
         }
-        times = measure(benches, arguments.rounds)
+        steps = [step for step in STEPS if step.name in arguments.steps]
+        times = measure(benches, steps, arguments.rounds)
     results = []
-    for (quantization, name, step, piece), taken in times.items():
-        bench = benches[quantization, name]
+    for (setting, step, piece), taken in times.items():
+        bench = benches[setting]
         rows = step.num_seqs * (step.num_tokens if piece == "layers" else 1)
         results.append(
             {
                 "stored_as": arguments.stored_as,
-                "quantization": quantization,
-                "instruction_set": name,
+                **setting._asdict(),
                 "step": step.name,
                 "piece": piece,
                 "best_ms": 1e3 * min(taken),

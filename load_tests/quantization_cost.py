@@ -1,14 +1,16 @@
 """What quantisation costs: `python -m load_tests.quantization_cost --model MODEL TEXT...`
 
-Runs each text's first tokens through every setting and through the torch backend, the reference, and
-prints for each: perplexity, mean KL divergence from the reference in nats, how often the best token is the
-same, and the largest difference of a log-probability. `--stored-as bfloat16` rounds the weights first, also
-the reference's, as those of a checkpoint in that type are. The last line is one JSON object.
+Runs each text's first tokens through every setting, with keys and values in float32 and in bfloat16, and
+through the torch backend in float32, the reference. Prints for each: perplexity, mean KL divergence from the
+reference in nats, how often the best token is the same, and the largest difference of a log-probability.
+`--stored-as bfloat16` rounds the weights first, also the reference's, as those of a checkpoint in that type
+are. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -21,17 +23,12 @@ from torch import Tensor
 
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.decoder import Decoder
-from scone.server.engine.engine_config import Backend, EngineConfig, Quantization
+from scone.server.engine.engine_config import EngineConfig, KvCacheDtype, Quantization
 from scone.server.engine.model_runner import ModelRunner
 from scone.server.engine.scheduler import Chunk, Sequence
 
-SETTINGS: tuple[tuple[Backend, Quantization], ...] = (
-    ("native", "none"),
-    ("native", "bfloat16"),
-    ("native", "auto"),
-    ("native", "int8"),
-    ("native", "int4"),
-)
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "bfloat16", "auto", "int8", "int4")
+KV_DTYPES: tuple[KvCacheDtype, ...] = ("float32", "bfloat16")
 
 
 def log_probabilities(decoder: Decoder, config: EngineConfig, texts: list[list[int]]) -> list[Tensor]:
@@ -72,6 +69,7 @@ def main() -> int:
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT")
     parser.add_argument("--model", required=True)
     parser.add_argument("--stored-as", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantization", nargs="+", default=QUANTIZATIONS)
     parser.add_argument("--num-tokens", type=int, default=512, help="of each text (default: 512)")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
@@ -82,9 +80,9 @@ def main() -> int:
     limits: dict[str, Any] = {"max_model_len": length, "max_num_seqs": 1, "max_num_batched_tokens": length}
     reference = log_probabilities(decoder, EngineConfig(backend="torch", **limits), texts)
     results = {"torch none": compare(reference, reference, texts)}
-    for backend, quantization in SETTINGS:
-        config = EngineConfig(backend=backend, quantization=quantization, **limits)
-        name = f"{backend} {quantization}"
+    for quantization, kv_dtype in itertools.product(arguments.quantization, KV_DTYPES):
+        config = EngineConfig(backend="native", quantization=quantization, kv_cache_dtype=kv_dtype, **limits)
+        name = f"native {quantization}, keys and values {kv_dtype}"
         results[name] = compare(log_probabilities(decoder, config, texts), reference, texts)
         print(name, *(f"{key} {value:.6g}" for key, value in results[name].items()), flush=True)
     print(

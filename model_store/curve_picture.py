@@ -1,14 +1,14 @@
-"""Curves as a picture: SVG, written here, so that the same numbers give the same bytes everywhere."""
+"""Curves as a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from scone.model_store.svg import COLOURS, line, picture, text
 
 WIDTH, HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 36, 48
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 Points = Sequence[tuple[float, float]]
 
@@ -29,29 +29,26 @@ def draw_curves(curves: Mapping[str, Points], *, title: str, x_label: str, y_lab
         _Axis(min(ys), max(ys), HEIGHT - _BOTTOM, _TOP),
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
-        ' font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(WIDTH / 2, 20, title, size=14),
-        _text((WIDTH + _LEFT) / 2, HEIGHT - 10, x_label),
-        f'<g transform="translate(14 {HEIGHT / 2}) rotate(-90)">{_text(0, 0, y_label)}</g>',
+        text(WIDTH / 2, 20, title, size=14),
+        text((WIDTH + _LEFT) / 2, HEIGHT - 10, x_label),
+        f'<g transform="translate(14 {HEIGHT / 2}) rotate(-90)">{text(0, 0, y_label)}</g>',
     ]
     for x in x_axis.ticks:
         at = x_axis.place(x)
-        parts.append(_line(at, _TOP, at, HEIGHT - _BOTTOM, "#dddddd"))
-        parts.append(_text(at, HEIGHT - _BOTTOM + 18, f"{x:g}"))
+        parts.append(line(at, _TOP, at, HEIGHT - _BOTTOM, "#dddddd"))
+        parts.append(text(at, HEIGHT - _BOTTOM + 18, f"{x:g}"))
     for y in y_axis.ticks:
         at = y_axis.place(y)
-        parts.append(_line(_LEFT, at, WIDTH - _RIGHT, at, "#dddddd"))
-        parts.append(_text(_LEFT - 6, at + 4, f"{y:g}", anchor="end"))
+        parts.append(line(_LEFT, at, WIDTH - _RIGHT, at, "#dddddd"))
+        parts.append(text(_LEFT - 6, at + 4, f"{y:g}", anchor="end"))
     for i, (name, points) in enumerate(drawn.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         legend_y = _TOP + 16 + 16 * i
-        parts.append(_line(WIDTH - 200, legend_y - 4, WIDTH - 180, legend_y - 4, colour, width=2))
-        parts.append(_text(WIDTH - 174, legend_y, name, anchor="start"))
-    return "\n".join([*parts, "</svg>", ""])
+        parts.append(line(WIDTH - 200, legend_y - 4, WIDTH - 180, legend_y - 4, colour, width=2))
+        parts.append(text(WIDTH - 174, legend_y, name, anchor="start"))
+    return picture(WIDTH, HEIGHT, parts)
 
 
 class _Axis:
@@ -68,13 +65,3 @@ class _Axis:
 
     def place(self, value: float) -> float:
         return self._begin + (value - self.ticks[0]) * self._scale
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, content: str, anchor: str = "middle", size: int = 12) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
-    return f"<text {place}>{escape(content)}</text>"

@@ -57,6 +57,6 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}, wanted an even number (rotary pairs)")
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values that one token adds over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+    def kv_values_per_token(self) -> int:
+        """Keys and values, as numbers, that one token adds over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -153,6 +153,9 @@ class ModelLoader:
         if store is not None:
             self._metrics.watch(RecycledCollector(store))
         self._metrics.watch_engine(engine.stats)
+        if engine.kv_cache_size is not None:
+            size = engine.kv_cache_size
+            self._metrics.kv_cache_bytes.labels(size.dtype_name).set(size.num_bytes)
         self._metrics.watch(DeviceCollector(engine.overlay))
         self._metrics.watch(StepCollector(engine.clock))
         if table is not None:

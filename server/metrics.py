@@ -131,6 +131,11 @@ class ServerMetrics:
         self._num_running = gauge("num_requests_running", "Sequences in the running batch.")
         self._num_waiting = gauge("num_requests_waiting", "Requests waiting for their first step.")
         self._kv_cache_usage = gauge("kv_cache_usage_perc", "Used share of the KV blocks, 0 to 1.")
+        self.kv_cache_bytes = gauge(
+            "kv_cache_bytes",
+            "Memory set aside for keys and values, by the type that they are held in.",
+            "dtype",
+        )
         self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._preemptions = counter("num_preemptions", "Sequences put back for want of KV blocks.")

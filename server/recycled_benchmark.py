@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from scone.cache.recycled_config import RecycledConfig
 from scone.model_store.checkpoint import open_checkpoint
 from scone.server.engine.block_form import FormName
 from scone.server.engine.engine import Engine
-from scone.server.engine.engine_config import EngineConfig, RecycledBlocks
+from scone.server.engine.engine_config import EngineConfig, KvCacheDtype, RecycledBlocks
 from scone.server.engine.observer import SilentObserver, StepStats
 from scone.server.paced_store import PacedStore
 from scone.server.sequence import Delta, GenerationRequest, SamplingParams
@@ -97,18 +98,19 @@ class _Runs:
 class RecycledBenchmark:
     """One model and a folder for its states."""
 
-    def __init__(self, model: str, work: Path) -> None:
+    def __init__(self, model: str, work: Path, kv_cache_dtype: KvCacheDtype = "auto") -> None:
         """Raises SconeError."""
+        self._kv_cache_dtype = kv_cache_dtype
         self._checkpoint = open_checkpoint(model)
         self._tokenizer = self._checkpoint.tokenizer()
         self._work = work
 
-    @property
+    @cached_property
     def forms(self) -> tuple[FormName, ...]:
         """In which blocks of the model may be kept: hidden states only where they are smaller."""
-        config = self._checkpoint.config
-        is_smaller = config.dim < 2 * config.num_kv_heads * config.head_dim
-        return ("kv", "hidden") if is_smaller else ("kv",)
+        with self._engine(ram_bytes=0, form="kv") as (engine, _, _):
+            assert engine.recycler is not None
+            return tuple(form.name for form in engine.recycler.forms.readable)
 
     def choice(self) -> str:
         """The form that a server would keep them in, and why."""
@@ -211,6 +213,7 @@ class RecycledBenchmark:
             max_num_batched_tokens=limits[0],
             max_num_seqs=limits[1],
             recycled_blocks=form,
+            kv_cache_dtype=self._kv_cache_dtype,
         )
         with PacedStore.open(self._folder(form), _CONFIG, MemoryBudget(ram_bytes)) as store:
             engine = Engine(

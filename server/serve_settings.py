@@ -101,6 +101,14 @@ RECYCLED_SETTINGS = (
     ),
 )
 
+KV_CACHE_DTYPE = Setting(
+    name="kv_cache_dtype",
+    default=_ENGINE.kv_cache_dtype,
+    choices=("auto", "float32", "bfloat16"),
+    help="how keys and values are held; auto is dtype, but on a CPU bfloat16, half the memory, where"
+    " quantization rounds the inputs of the layers' maps",
+)
+
 ENGINE_SETTINGS = (
     Setting(
         name="max_model_len",
@@ -125,6 +133,7 @@ ENGINE_SETTINGS = (
         help="memory for keys and values, as in 2GiB (default: 1 GiB; on CUDA four fifths of what the weights"
         " and device_bytes leave free, at most what max_num_seqs sequences of max_model_len need)",
     ),
+    KV_CACHE_DTYPE,
     Setting(
         name="max_num_queued_reqs",
         kind=int,
@@ -291,6 +300,7 @@ def engine_config(settings: Resolved, max_position: int, *, on_cuda: bool) -> En
             max_num_batched_tokens=max(_value_or(settings.max_num_batched_tokens, num_tokens), num_seqs),
             block_size=settings.block_size,
             kv_cache_bytes=_value_or(settings.kv_cache_bytes, _ENGINE.kv_cache_bytes),
+            kv_cache_dtype=settings.kv_cache_dtype,
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
             max_num_staged_tokens=settings.max_num_staged_tokens,

@@ -4,6 +4,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <stdexcept>
+
 namespace nb = nanobind;
 
 namespace scone {
@@ -14,5 +16,10 @@ template <class T>
 using Out1 = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;
+
+// Of what was given to a kernel; throws ValueError.
+inline void want(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
 
 }  // namespace scone

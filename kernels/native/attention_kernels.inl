@@ -4,8 +4,10 @@
 // A context is taken span by span of kSpan tokens, and their sums are added front to back: spans may be computed
 // one after the other or by several threads. Within a span a score is summed over the head's dimensions and a
 // result over the tokens, both front to back in one lane. So queries may be taken together or alone, blocks be of
-// any size and vectors of any width, without a bit of difference. What the block after this one will be read for
-// is asked for meanwhile: blocks lie anywhere, and the processor's own prefetch ends with each.
+// any size and vectors of any width, without a bit of difference. Keys and values that are held in 16 bits are expanded
+// as they are loaded, which is exact, so that the bits are those of floats with these values. What the block after
+// this one will be read for is asked for meanwhile: blocks lie anywhere, and the processor's own prefetch ends with
+// each.
 
 #ifdef SCONE_AVX512
 constexpr int kQueries = 12;  // that are taken at once
@@ -15,7 +17,8 @@ constexpr int kQueries = 6;
 constexpr int kSums = 12;
 #endif
 static_assert(kQueries <= kTileQueries, "");
-constexpr int kLine = 16;  // floats of a cache line
+template <class Held>
+constexpr int kLine = 64 / sizeof(Held);  // values of a cache line
 
 static inline float fma1(float a, float b, float c) {
 #ifdef SCONE_AVX2
@@ -26,8 +29,8 @@ static inline float fma1(float a, float b, float c) {
 }
 
 // Scores of kRows queries (head_dim, kRows) with the `size` keys of one block (head_dim, size).
-template <int kRows>
-static void score_block(const float* queries, const float* keys, const float* next, int size, int head_dim,
+template <int kRows, class Held>
+static void score_block(const float* queries, const Held* keys, const Held* next, int size, int head_dim,
                         float scale, float* scores, size_t stride) {
     constexpr int kVectors = 16 / lanes<wide>;
     int t = 0;
@@ -35,7 +38,8 @@ static void score_block(const float* queries, const float* keys, const float* ne
         wide sums[kRows][kVectors];
         for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < kVectors; ++j) sums[r][j] = splat<wide>(0.0f);
-        const float *k = keys + t, *q = queries;
+        const Held* k = keys + t;
+        const float* q = queries;
         for (int d = 0; d < head_dim; ++d, k += size, q += kRows) {
             __builtin_prefetch(next + (k - keys));
             wide key[kVectors];
@@ -58,7 +62,7 @@ static void score_block(const float* queries, const float* keys, const float* ne
     for (; t < size; ++t)
         for (int r = 0; r < kRows; ++r) {
             float sum = 0.0f;
-            for (int d = 0; d < head_dim; ++d) sum = fma1(queries[d * kRows + r], keys[d * size + t], sum);
+            for (int d = 0; d < head_dim; ++d) sum = fma1(queries[d * kRows + r], load1(keys + d * size + t), sum);
             scores[r * stride + t] = sum * scale;
         }
 }
@@ -81,20 +85,21 @@ static float exponentials(float* scores, int n, float& most) {
 }
 
 // One sequence's keys or values of one head: block after block.
+template <class Held>
 struct HeadBlocks {
-    const float* side;
+    const Held* side;
     const int32_t* table;
     size_t block_stride;
     int size;  // tokens of a block
 
-    const float* of(int token) const { return side + table[token / size] * block_stride; }
+    const Held* of(int token) const { return side + table[token / size] * block_stride; }
 };
 
 // sums[r] (kVectors vectors from `d` on) += sum over tokens [begin, end) of weights[r][t - begin] * values.
 // `after`: the block that is read next.
-template <class Vector, int kRows, int kVectors>
-static void weigh(const float* weights, size_t stride, const HeadBlocks& values, int begin, int end,
-                  const float* after, int head_dim, float* sums, int d) {
+template <class Vector, int kRows, int kVectors, class Held>
+static void weigh(const float* weights, size_t stride, const HeadBlocks<Held>& values, int begin, int end,
+                  const Held* after, int head_dim, float* sums, int d) {
     const int row = head_dim + kSumsTail;
     Vector acc[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
@@ -102,9 +107,9 @@ static void weigh(const float* weights, size_t stride, const HeadBlocks& values,
     for (int t = begin, stop; t < end; t = stop) {
         const int first = t - t % values.size;
         stop = first + values.size < end ? first + values.size : end;
-        const float *v = values.of(t) + (t - first) * head_dim + d, *next = (stop < end ? values.of(stop) : after) + d;
+        const Held *v = values.of(t) + (t - first) * head_dim + d, *next = (stop < end ? values.of(stop) : after) + d;
         for (; t < stop; ++t, v += head_dim, next += head_dim) {
-            for (int j = 0; j < kVectors * lanes<Vector>; j += kLine) __builtin_prefetch(next + j);
+            for (int j = 0; j < kVectors * lanes<Vector>; j += kLine<Held>) __builtin_prefetch(next + j);
             Vector value[kVectors];
             for (int j = 0; j < kVectors; ++j) value[j] = load<Vector>(v + j * lanes<Vector>);
             for (int r = 0; r < kRows; ++r) {
@@ -117,9 +122,9 @@ static void weigh(const float* weights, size_t stride, const HeadBlocks& values,
         for (int j = 0; j < kVectors; ++j) store(sums + r * row + d + j * lanes<Vector>, acc[r][j]);
 }
 
-template <int kRows>
-static void weigh_all(const float* weights, size_t stride, const HeadBlocks& values, int begin, int end,
-                      const float* after, int head_dim, float* sums) {
+template <int kRows, class Held>
+static void weigh_all(const float* weights, size_t stride, const HeadBlocks<Held>& values, int begin, int end,
+                      const Held* after, int head_dim, float* sums) {
     if (begin >= end) return;
     constexpr int kVectors = kSums / kRows >= 4 ? 4 : kSums / kRows;
     int d = 0;
@@ -131,11 +136,11 @@ static void weigh_all(const float* weights, size_t stride, const HeadBlocks& val
 }
 
 // kRows queries of a tile, from the `begin`-th on, with the cache of their key head; contexts grow with the token.
-template <int kRows>
+template <int kRows, class Held>
 struct Strip {
     const QueryTile& tile;
     const int begin, head_dim;
-    const HeadBlocks keys, values;
+    const HeadBlocks<Held> keys, values;
     float *const queries, *const scores;  // scratch
 
     Strip(const QueryTile& tile, const CacheView& cache, int begin)
@@ -148,9 +153,9 @@ struct Strip {
         }
     }
 
-    static HeadBlocks blocks(const QueryTile& tile, const CacheView& cache, const float* side) {
+    static HeadBlocks<Held> blocks(const QueryTile& tile, const CacheView& cache, const void* side) {
         const size_t run = (size_t)cache.block_size * cache.head_dim;
-        return {side + tile.kv_head * run, tile.block_table, run * cache.num_kv_heads, cache.block_size};
+        return {(const Held*)side + tile.kv_head * run, tile.block_table, run * cache.num_kv_heads, cache.block_size};
     }
 
     int context(int r) const { return tile.context + (begin + r) / tile.group; }
@@ -180,7 +185,7 @@ struct Strip {
             if (ends[r] > first)
                 sums[r * row + head_dim] = exponentials(weights + r * stride, ends[r] - first, sums[r * row + head_dim + 1]);
         const int common = ends[0] > first ? ends[0] : first;
-        const float* after = last < context(kRows - 1) ? keys.of(last) : values.of(first);
+        const Held* after = last < context(kRows - 1) ? keys.of(last) : values.of(first);
         weigh_all<kRows>(weights, stride, values, first, common, after, head_dim, sums);
         for (int r = 0; r < kRows; ++r)  // the tokens that only the later queries see
             weigh_all<1>(weights + r * stride + (common - first), 0, values, common, ends[r], after, head_dim,
@@ -207,9 +212,9 @@ static void divide(const float* sums, int head_dim, float* out) {
     for (int d = 0; d < head_dim; d += 8) store(out + d, load(sums + d) * inverse);
 }
 
-template <int kRows>
+template <int kRows, class Held>
 static void attend_rows(const QueryTile& tile, const CacheView& cache, float scale, int begin) {
-    const Strip<kRows> strip(tile, cache, begin);
+    const Strip<kRows, Held> strip(tile, cache, begin);
     const int head_dim = cache.head_dim, row = head_dim + kSumsTail;
     float *const sums = strip.scores + kTileQueries * tile.scores_stride, *const more = sums + kTileQueries * row;
     strip.sum(0, scale, sums);
@@ -229,14 +234,26 @@ static void for_strips(const QueryTile& tile, const Body& body) {
     for_rest<kQueries>(num_queries - begin, [&](auto n) { body(n, begin); });
 }
 
+template <class Held>
+static void attend_held(const QueryTile& tile, const CacheView& cache, float scale) {
+    for_strips(tile, [&](auto n, int begin) { attend_rows<n.value, Held>(tile, cache, scale, begin); });
+}
+
 static void attend(const QueryTile& tile, const CacheView& cache, float scale) {
-    for_strips(tile, [&](auto n, int begin) { attend_rows<n.value>(tile, cache, scale, begin); });
+    if (cache.kind == CacheKind::bf16) return attend_held<bfloat16>(tile, cache, scale);
+    attend_held<float>(tile, cache, scale);
+}
+
+template <class Held>
+static void attend_span_held(const QueryTile& tile, const CacheView& cache, float scale, int span, float* sums) {
+    for_strips(tile, [&](auto n, int begin) {
+        Strip<n.value, Held>(tile, cache, begin).sum(span, scale, sums + begin * (cache.head_dim + kSumsTail));
+    });
 }
 
 static void attend_span(const QueryTile& tile, const CacheView& cache, float scale, int span, float* sums) {
-    for_strips(tile, [&](auto n, int begin) {
-        Strip<n.value>(tile, cache, begin).sum(span, scale, sums + begin * (cache.head_dim + kSumsTail));
-    });
+    if (cache.kind == CacheKind::bf16) return attend_span_held<bfloat16>(tile, cache, scale, span, sums);
+    attend_span_held<float>(tile, cache, scale, span, sums);
 }
 
 static void join_spans(const QueryTile& tile, int head_dim, float* sums, size_t span_stride) {

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 namespace scone {
 
 constexpr int kPanel = 16;     // output columns per panel of packed weights
@@ -59,11 +61,16 @@ struct Activations {
     float* sums;  // scale * sum of the group's values: what the minimum is multiplied by
 };
 
+// How keys and values are held: float, or bfloat16, to which they are rounded when they are stored. Attention
+// computes with floats either way.
+enum class CacheKind { f32, bf16 };
+
 // What attention needs of one layer's cache: keys (num_blocks, num_kv_heads, head_dim, block_size), so that
 // one query meets eight keys at a time, and values (num_blocks, num_kv_heads, block_size, head_dim).
 struct CacheView {
-    const float* keys;
-    const float* values;
+    CacheKind kind;
+    const void* keys;
+    const void* values;
     int num_kv_heads, block_size, head_dim;
 };
 

@@ -8,6 +8,7 @@ void register_crc32c(nb::module_&);
 void register_disk_read(nb::module_&);
 void register_decoder(nb::module_&);
 void register_gather(nb::module_&);
+void register_linear_maps(nb::module_&);
 void register_look_up(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
@@ -22,6 +23,7 @@ NB_MODULE(_native, m) {
     scone::register_disk_read(m);
     scone::register_decoder(m);
     scone::register_gather(m);
+    scone::register_linear_maps(m);
     scone::register_match(m);
     scone::register_look_up(m);
     scone::register_ngram_count(m);

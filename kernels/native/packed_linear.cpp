@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "bfloat16.hpp"
+
 namespace scone {
 namespace {
 
@@ -18,12 +20,6 @@ uint16_t to_half(float value) {
     uint32_t rest = (bits & 0x7fffffffu) - 0x38000000u;
     rest += 0xfffu + (rest >> 13 & 1u);
     return uint16_t(sign | rest >> 13);
-}
-
-// The upper half of a float, rounded to nearest even; a NaN does not become an infinity.
-uint16_t to_bfloat16(uint32_t bits) {
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 float from_half(uint16_t h) {
@@ -91,7 +87,7 @@ bool pack_group(WeightKind kind, const float* x, int column, unsigned char* grou
         for (int i = 0; i < kGroup; ++i) {
             uint32_t bits;
             std::memcpy(&bits, x + i, 4);
-            const uint16_t half = to_bfloat16(bits);
+            const bfloat16 half = bfloat16_of(x[i]);
             std::memcpy(group + bf16_place(i, column), &half, 2);
             kept &= bits == uint32_t(half) << 16;
         }

@@ -1,28 +1,13 @@
 // Weights of a linear map, packed for the kernels, with its optional bias.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
-#include <new>
-#include <string>
 #include <vector>
 
 #include "decoder_kernels.hpp"
+#include "scratch.hpp"
 
 namespace scone {
-
-struct AlignedFree {
-    void operator()(void* p) const { std::free(p); }
-};
-
-// Uninitialised memory at 64-byte boundaries, so that no vector straddles two cache lines.
-template <class T>
-std::unique_ptr<T[], AlignedFree> aligned_array(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 64 + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (p == nullptr) throw std::bad_alloc();
-    return std::unique_ptr<T[], AlignedFree>(static_cast<T*>(p));
-}
 
 class PackedLinear {
 public:

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "scratch.hpp"
 #include "wanted_tokens.hpp"
 #include "workspace.hpp"
 
@@ -34,9 +34,9 @@ public:
     void reserve(const Queries& queries, int block_size) {
         scores_stride_ = kSpan + 2 * size_t(block_size) + 8;
         scratch_stride_ = attention_scratch(head_dim_, scores_stride_);
-        Workspace::grow(scratch_, scratch_size_, scratch_stride_ * space_.team.size());
+        scratch_.reserve(scratch_stride_ * space_.team.size());
         if (shares_contexts(queries))
-            Workspace::grow(span_sums_, span_sums_size_, num_tiles(queries) * queries.num_spans * span_stride());
+            span_sums_.reserve(num_tiles(queries) * queries.num_spans * span_stride());
     }
 
     // q, out (rows, num_heads, head_dim). Called by all threads of the team.
@@ -101,8 +101,7 @@ private:
     Workspace& space_;
     const int num_kv_heads_, head_dim_, group_;
     size_t scores_stride_ = 0, scratch_stride_ = 0;
-    std::unique_ptr<float[], AlignedFree> scratch_, span_sums_;
-    size_t scratch_size_ = 0, span_sums_size_ = 0;
+    Scratch<float> scratch_, span_sums_;
 };
 
 }  // namespace scone

@@ -10,6 +10,9 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef int16_t i16x8 __attribute__((vector_size(16)));
 typedef int8_t i8x8 __attribute__((vector_size(8)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
 template <int kValue>
 struct Constant {
@@ -51,11 +54,53 @@ typedef f32x8 wide;
 template <class Vector>
 constexpr int lanes = sizeof(Vector) / sizeof(float);
 
+// As many 16-bit lanes.
+template <class Vector>
+struct Halves {
+    typedef u16x8 type;
+};
+#ifdef SCONE_AVX512
+template <>
+struct Halves<wide> {
+    typedef u16x16 type;
+};
+#endif
+
 template <class Vector = f32x8>
 static inline Vector load(const float* p) {
     Vector v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
+}
+
+// As floats.
+static inline f32x8 expand(u16x8 halves) {
+#ifdef SCONE_AVX2
+    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)halves), 16);
+#else
+    return (f32x8)(__builtin_convertvector(halves, u32x8) << 16);
+#endif
+}
+
+#ifdef SCONE_AVX512
+static inline wide expand(u16x16 halves) {
+    return (wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+}
+#endif
+
+template <class Vector = f32x8>
+static inline Vector load(const bfloat16* p) {
+    typename Halves<Vector>::type v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return expand(v);
+}
+
+static inline float load1(const float* p) { return *p; }
+static inline float load1(const bfloat16* p) {
+    const uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
 }
 
 template <class Vector>

@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "packed_linear.hpp"
+#include "scratch.hpp"
 #include "thread_team.hpp"
 
 namespace scone {
@@ -33,18 +33,10 @@ public:
     // Room for `rows` rows of `width` inputs prepared for weights of any kind.
     Activations prepared(int rows, int width) {
         const size_t num_groups = size_t(width + kGroup - 1) / kGroup;
-        grow(values_, values_size_, rows * num_groups * kGroup * sizeof(float));
-        grow(scales_, scales_size_, rows * num_groups);
-        grow(sums_, sums_size_, rows * num_groups);
+        values_.reserve(rows * num_groups * kGroup * sizeof(float));
+        scales_.reserve(rows * num_groups);
+        sums_.reserve(rows * num_groups);
         return {values_.get(), scales_.get(), sums_.get()};
-    }
-
-    template <class T>
-    static void grow(std::unique_ptr<T[], AlignedFree>& array, size_t& size, size_t wanted) {
-        if (wanted > size) {
-            array = aligned_array<T>(wanted);
-            size = wanted;
-        }
     }
 
     // Runs body(first_row, count) for each strip of rows; then x (rows, width) is prepared in `target`.
@@ -69,9 +61,8 @@ private:
         throw std::invalid_argument("this processor has no instruction set '" + name + "'");
     }
 
-    std::unique_ptr<char[], AlignedFree> values_;
-    std::unique_ptr<float[], AlignedFree> scales_, sums_;
-    size_t values_size_ = 0, scales_size_ = 0, sums_size_ = 0;
+    Scratch<char> values_;
+    Scratch<float> scales_, sums_;
 };
 
 // out (rows, num_outputs) = x times the map, or += where `add` is set.

@@ -32,6 +32,7 @@ from scone.server.model_benchmark import ModelBenchmark
 from scone.server.paced_benchmark import Workload, benchmark_decode, benchmark_prefill, make_workload
 from scone.server.plan_benchmark import benchmark_plan
 from scone.server.recycled_benchmark import RecycledBenchmark
+from scone.server.serve_settings import KV_CACHE_DTYPE
 from scone.server.settings import Command, Resolved, Setting, parse_bool, parse_bytes
 
 
@@ -142,7 +143,7 @@ def _recycled(settings: Resolved) -> dict[str, Any]:
         raise SettingError("model is not given: wanted the model whose states are recycled")
     result: dict[str, Any] = _machine("recycled") | {"repeats": settings.repeats}
     with _work_folder(settings) as work:
-        benchmark = RecycledBenchmark(settings.model, work)
+        benchmark = RecycledBenchmark(settings.model, work, settings.kv_cache_dtype)
         result["first_token"] = benchmark.first_token(settings.repeats)
         result["seconds_to_first_token_from_slower_disks"] = benchmark.paced(settings.repeats)
         result["choice"] = benchmark.choice()
@@ -232,6 +233,7 @@ COMMAND = Command(
             default=200,
             help="recycled: prompts whose answers are compared cold and restored",
         ),
+        KV_CACHE_DTYPE,
         Setting(name="repeats", kind=int, default=10, help="prompts or runs to measure; medians count"),
         Setting(
             name="work",

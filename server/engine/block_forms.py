@@ -62,7 +62,8 @@ def open_forms(
     """
     kv = KvForm(memory, device, pool)
     sizes = (
-        f"a token takes {memory.block_bytes // pool.block_size:,} bytes as keys and values,"
+        f"a token takes {memory.block_bytes // pool.block_size:,} bytes as keys and values in"
+        f" {str(memory.kv_dtype).removeprefix('torch.')},"
         f" {memory.state_bytes // pool.block_size:,} as hidden states"
     )
     why_not = _why_not_hidden(memory, device)

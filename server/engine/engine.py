@@ -23,6 +23,7 @@ from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import OnDelta, RequestRun
 from scone.server.engine.input_rows import InputRows, read_ahead
+from scone.server.engine.kv_dtype import KvCacheSize
 from scone.server.engine.model_runner import ModelRunner, Runner, choose_backend
 from scone.server.engine.observer import EngineObserver, SilentObserver
 from scone.server.engine.recycler import Recycler
@@ -148,6 +149,11 @@ class Engine:
     def cache_pages(self) -> CachePages | None:
         """The KV cache's memory; None where the engine does not know it, or on a device."""
         return self._runner.cache_pages if isinstance(self._runner, ModelRunner) else None
+
+    @property
+    def kv_cache_size(self) -> KvCacheSize | None:
+        """None where the engine does not know it."""
+        return self._runner.kv_cache_size if isinstance(self._runner, ModelRunner) else None
 
     def after_deliveries(self, call: Callable[[], None]) -> None:
         """Has `call` called, on the engine's thread, after deltas were delivered: once for all of a step."""

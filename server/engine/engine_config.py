@@ -7,6 +7,7 @@ from typing import Literal
 
 Quantization = Literal["auto", "none", "bfloat16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch"]
+KvCacheDtype = Literal["auto", "float32", "bfloat16"]
 RecycledBlocks = Literal["auto", "kv", "hidden"]
 
 
@@ -20,6 +21,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens that one step computes; longer prompts are cut into chunks.
         block_size: tokens per KV block, the unit of allocation and of prefix reuse.
         kv_cache_bytes: memory for keys and values.
+        kv_cache_dtype: how they are held; `auto` is the type of weights and activations, but with native
+            kernels bfloat16 where the inputs of linear maps are rounded, float32 where they are not.
         max_num_queued_reqs, max_num_queued_tokens: admitted requests (prompt tokens) not yet started;
             past either, `submit` answers `queue_full`.
         max_num_staged_tokens: prompt tokens of waiting requests whose rows may be read ahead.
@@ -42,6 +45,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30
+    kv_cache_dtype: KvCacheDtype = "auto"
     max_num_queued_reqs: int = 512
     max_num_queued_tokens: int = 1 << 20
     max_num_staged_tokens: int = 16384

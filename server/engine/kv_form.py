@@ -71,7 +71,7 @@ class KvForm:
     def payload(self, block_id: int) -> NDArray[np.uint8]:
         """See `Held`."""
         copy = self._device.copy_to_host(self._memory.block(block_id), self._computed).numpy()
-        if not is_finite(copy, self._memory.dtype):
+        if not is_finite(copy, self._memory.kv_dtype):
             raise ValueError(f"block {block_id} holds values that are not finite: it is not kept")
         return copy
 

@@ -23,6 +23,7 @@ from scone.kernels.paged_attention import PagedBatch
 from scone.model_store.decoder import Decoder
 from scone.server.engine.cache_pages import CachePages
 from scone.server.engine.engine_config import EngineConfig
+from scone.server.engine.kv_dtype import KvCacheSize, choose_kv_dtype
 from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
 from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk
@@ -86,7 +87,7 @@ class BlockMemory(Protocol):
     """The KV cache as blocks of bytes; see `ModelRunner`."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def kv_dtype(self) -> torch.dtype: ...
     @property
     def block_bytes(self) -> int: ...
     def block(self, block_id: int) -> Tensor: ...
@@ -108,6 +109,8 @@ class RecycledMemory(BlockMemory, StateMemory, Protocol):
     """What recycling needs of a runner."""
 
     @property
+    def dtype(self) -> torch.dtype: ...
+    @property
     def backend(self) -> str: ...
     @property
     def num_layers(self) -> int: ...
@@ -121,7 +124,8 @@ class ModelRunner:
         backend: `native`, `triton` or `torch`.
         cache_pages: the KV cache's memory; None on a device.
         state_identity: the runner's part of what a state depends on; hashes of model and inputs are missing.
-        dtype: of embeddings, hidden states, keys and values.
+        dtype: of embeddings and hidden states.
+        kv_dtype, kv_cache_size: type of keys and values, and what is set aside for them.
         workspace: threads for native kernels that sample; None: the backend is another.
         is_asynchronous: whether a forward pass is only queued, so that the host is free while it runs.
     """
@@ -137,7 +141,11 @@ class ModelRunner:
         self._forward = _make_forward(self.backend, decoder, config)
         self.workspace = self._forward.workspace if isinstance(self._forward, NativeForward) else None
         self.dtype = torch.float32 if self.backend == "native" else decoder.dtype
-        block_bytes = shape.kv_bytes_per_token // 4 * self.dtype.itemsize * config.block_size
+        rounds_inputs = isinstance(self._forward, NativeForward) and self._forward.rounds_inputs
+        self.kv_dtype = choose_kv_dtype(
+            config.kv_cache_dtype, self.backend, self.dtype, rounds_inputs=rounds_inputs
+        )
+        block_bytes = shape.kv_values_per_token * self.kv_dtype.itemsize * config.block_size
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
         cache_shape = (
@@ -148,7 +156,15 @@ class ModelRunner:
             config.block_size,
             shape.head_dim,
         )
-        self._kv_cache = _zeros(cache_shape, self.dtype, self.device)
+        self.kv_cache_size = KvCacheSize(self.kv_dtype, self.num_blocks * block_bytes)
+        logger.info(
+            "keys and values in %s: %d blocks of %d tokens, %d MB",
+            self.kv_cache_size.dtype_name,
+            self.num_blocks,
+            config.block_size,
+            self.kv_cache_size.num_bytes >> 20,
+        )
+        self._kv_cache = _zeros(cache_shape, self.kv_dtype, self.device)
         self._block_bytes = self._kv_cache.view(torch.uint8)
         self.cache_pages = CachePages(self._kv_cache) if self._kv_cache.is_cpu else None
         self._states: Tensor | None = None
@@ -156,7 +172,7 @@ class ModelRunner:
         self.state_identity = StateIdentity(
             model_hash="",
             tokenizer_hash="",
-            state_dtype=str(self.dtype),
+            state_dtype=f"{self.dtype}, keys and values {self.kv_dtype}",
             layout="kv:" + "x".join(map(str, self.block(0).shape)),
             rope=f"{shape.rope_theta} {shape.rope_scaling}",
             compute=f"{self._forward.arithmetic}, {shape}",

@@ -31,6 +31,7 @@ class NativeForward:
         workspace: the threads of all its kernels; for the engine's thread alone.
         kinds: format of each layer's q, k, v, o, gate, up and down maps, layer after layer.
         layer_bytes, head_bytes: size of the packed weights of all layers, and of the head.
+        rounds_inputs: whether some maps of the layers take rounded inputs, so that not all is float32.
         arithmetic: names all that the bits of its results depend on besides weights and inputs.
     """
 
@@ -64,10 +65,13 @@ class NativeForward:
             cos=cos,
             sin=sin,
         )
-        self.kinds = [linear.kind for layer in layers for linear in layer.maps]
-        self.layer_bytes = sum(linear.num_bytes for layer in layers for linear in layer.maps)
+        maps = [linear for layer in layers for linear in layer.maps]
+        self.kinds = [linear.kind for linear in maps]
+        self.rounds_inputs = any(linear.rounds_inputs for linear in maps)
+        self.layer_bytes = sum(linear.num_bytes for linear in maps)
         self.head_bytes = self._head.num_bytes
-        digest = hashlib.sha256(" ".join([*self.kinds, self._head.kind]).encode()).hexdigest()[:16]
+        formats = " ".join(f"{linear.kind}:{linear.rounds_inputs}" for linear in (*maps, self._head))
+        digest = hashlib.sha256(formats.encode()).hexdigest()[:16]
         self.arithmetic = f"native {self.workspace.instruction_set}, maps {digest}, spans of {ATTENTION_SPAN}"
         logger.info(
             "native %s kernels, %d thread(s), %d MB of weights; maps of the layers: %s; head: %s",

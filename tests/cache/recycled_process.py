@@ -21,6 +21,8 @@ from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_store import RecycledStore
 
 NUM_STATES = 600
+NUM_DISK_HITS = 21
+"""However slow the machine is, at least so many states are read from the disk before the end."""
 _BYTES = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
 
 
@@ -69,7 +71,7 @@ def run(folder: str, seed: str, seconds: str, disk_bytes: str, *words: str) -> N
     num_hits = 0
     with RecycledStore.open(Path(folder), config, MemoryBudget(2 << 20)) as store:
         print("open", flush=True)
-        while time.monotonic() < end:
+        while time.monotonic() < end or store.stats.hits["blocks", "disk"] < NUM_DISK_HITS:
             key, token_ids, payload = state(rng.randrange(NUM_STATES))
             store.write("blocks", key, token_ids, payload, cost_seconds=rng.random())
             num_hits += check(store, rng.randrange(NUM_STATES))

@@ -25,10 +25,11 @@ def test_every_piece_of_every_step_is_measured(
     arguments = ["--model", "tiny", "--rounds", "1", "--quantization", "int8", "--out", str(out)]
     kernel_speed.main([*arguments, "--instruction-sets", *INSTRUCTION_SETS])
     results = json.loads(out.read_text())["results"]
-    measured = {(r["instruction_set"], r["step"], r["piece"]) for r in results}
+    measured = {(r["instruction_set"], r["kv_cache_dtype"], r["step"], r["piece"]) for r in results}
     assert measured == {
-        (name, step.name, piece)
+        (name, dtype, step.name, piece)
         for name in INSTRUCTION_SETS
+        for dtype in ("float32", "bfloat16")
         for step in kernel_speed.STEPS
         for piece in ("layers", "head")
     }

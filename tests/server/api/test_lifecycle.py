@@ -43,11 +43,18 @@ def launch() -> Iterator[Callable[..., Process]]:
 
 
 def test_start_serve_and_drain(launch: Any, checkpoint: Path, tokenizer: Tokenizer) -> None:
-    process = launch("--model", str(checkpoint), "--drain-timeout", "60", SCONE_API_KEY="secret-key")
+    process = launch(
+        *("--model", str(checkpoint), "--drain-timeout", "60"),
+        *("--kv-cache-dtype", "bfloat16", "--kv-cache-bytes", "16MiB", "--max-model-len", "256"),
+        SCONE_API_KEY="secret-key",
+    )
     process.wait_for("ready after")
     assert f"curl {process.url}/v1/completions" in process.log
     assert "secret-key" not in process.log
     headers = {"Authorization": "Bearer secret-key"}
+    metrics = httpx.get(process.url + "/metrics", headers=headers).text
+    [kv_cache_bytes] = re.findall(r'^scone_kv_cache_bytes{dtype="bfloat16"} (.+)$', metrics, re.MULTILINE)
+    assert float(kv_cache_bytes) == 32 * 256 * (3 * 2 * 2 * 16) * 2
     body = {
         "prompt": "One, two, three,",
         "max_tokens": 40,

@@ -179,7 +179,7 @@ def test_a_new_process_restores_what_the_former_kept(smollm2_path: Path, tmp_pat
         )
         try:
             process.wait_for("ready after")
-            assert "as keys and values" in process.log
+            assert "as keys and values in bfloat16" in process.log
             answers.append(httpx.post(f"{process.url}/v1/completions", json=body, timeout=120).json())
             process.child.terminate()
             assert process.exit_code() == 0

@@ -22,6 +22,7 @@ from scone.model_store.tokenizer import Tokenizer
 from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.engine_core import EngineCore
 from scone.server.engine.generation import RequestRun
+from scone.server.engine.hidden_form import HiddenForm
 from scone.server.engine.input_rows import InputRows
 from scone.server.engine.layer_range import ALL_LAYERS, LayerRange
 from scone.server.engine.model_runner import ModelRunner
@@ -30,6 +31,7 @@ from scone.server.engine.scheduler import Chunk
 from scone.server.sequence import Delta, GenerationRequest, PoolingParams, SamplingParams
 
 from .dict_table import DictTable
+from .instruction_sets import use_instruction_set
 from .restarts import Restarts
 
 NUM_SPECIALS = 3
@@ -228,6 +230,17 @@ def num_landings(world: World) -> int:
     return sum(form.num_landings for form in world.core.recycler.forms.readable)
 
 
+def hidden_form(world: World) -> HiddenForm:
+    assert world.core.recycler is not None
+    (form,) = (f for f in world.core.recycler.forms.readable if isinstance(f, HiddenForm))
+    return form
+
+
+def num_slots_in_use(world: World) -> int:
+    form = hidden_form(world)
+    return form._arriving.num_in_use + form._computed.num_in_use
+
+
 @pytest.fixture
 def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
     worlds: list[World] = []
@@ -240,6 +253,27 @@ def make_world(tiny_decoder: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Cal
     for world in worlds:
         if world.core.recycler is not None:
             world.core.recycler.close()
+
+
+@pytest.fixture(scope="module")
+def multi_head(random_decoder: Callable[..., Decoder]) -> Decoder:
+    return random_decoder(num_kv_heads=4)
+
+
+@pytest.fixture
+def make_hidden_world(multi_head: Decoder, byte_tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
+    """Of a multi-head model, whose blocks are kept as hidden states; every slot is given back at the end."""
+    worlds: list[World] = []
+
+    def make(table: DictTable | None = None, recycled_blocks: str = "hidden", **config: Any) -> World:
+        worlds.append(World(multi_head, byte_tokenizer, table, recycled_blocks=recycled_blocks, **config))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        if world.core.recycler is not None:
+            world.core.recycler.close()
+            assert num_slots_in_use(world) == 0
 
 
 @pytest.fixture
@@ -272,3 +306,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native models that are made from now on run on it."""
+    use_instruction_set(request.param, monkeypatch)

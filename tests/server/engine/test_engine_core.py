@@ -91,7 +91,7 @@ def test_prefix_cache_is_used_and_changes_nothing(make_world: MakeWorld, dict_ta
 def test_preemption_changes_nothing(
     make_world: MakeWorld, tiny_decoder: Decoder, dict_table: DictTable
 ) -> None:
-    block_bytes = tiny_decoder.config.kv_bytes_per_token * 8
+    block_bytes = tiny_decoder.config.kv_values_per_token * 4 * 8
     world = make_world(dict_table, kv_cache_bytes=block_bytes * 16)
     prompts = [random_prompt(seed, 20) for seed in range(6)]
     outcomes = [world.add(p, max_tokens=60, temperature=1.0, seed=5) for p in prompts]

@@ -1,92 +1,37 @@
-"""Blocks kept as the inputs of layers: half the bytes, the same answers; and which form is chosen."""
+"""Blocks kept as the inputs of layers: half the bytes, the same answers."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from scone.cache.device import CpuDevice
-from scone.cache.disk_speed import probe_disk
 from scone.cache.recycled_record import state_key
-from scone.cache.recycled_store import RecycledStore
-from scone.cache.sim_device import SimDevice
 from scone.model_store.decoder import Decoder
 from scone.model_store.hf_folder import save_hf_folder
 from scone.model_store.tokenizer import Tokenizer
 from scone.server import recycled_benchmark
-from scone.server.engine.block_forms import BlockForms, open_forms
-from scone.server.engine.engine_config import EngineConfig
-from scone.server.engine.hidden_form import HiddenForm
-from scone.server.engine.kv_blocks import BlockPool
-from scone.server.engine.model_runner import ModelRunner
-from scone.server.errors import SettingError
 from scone.server.recycled_benchmark import RecycledBenchmark
 
-from .conftest import World, random_prompt
+from .conftest import hidden_form, random_prompt
 from .dict_table import DictTable
-from .recycled_world import MakeWorld, answer, counted, facts, num_cached, preempted_while_restoring
-from .restarts import RAM_BYTES, Restarts, SlowStore
-
-BLOCK_SIZE = 8
-STATE_BYTES = 3 * BLOCK_SIZE * 64 * 4
-KV_BYTES = 2 * STATE_BYTES
-
-
-@pytest.fixture(scope="module")
-def multi_head(random_decoder: Callable[..., Decoder]) -> Decoder:
-    return random_decoder(num_kv_heads=4)
-
-
-@pytest.fixture
-def make_world(multi_head: Decoder, byte_tokenizer: Tokenizer) -> Iterator[MakeWorld]:
-    """Of a multi-head model, whose blocks are kept as hidden states; every slot is given back at the end."""
-    worlds: list[World] = []
-
-    def make(table: DictTable | None = None, recycled_blocks: str = "hidden", **config: Any) -> World:
-        worlds.append(World(multi_head, byte_tokenizer, table, recycled_blocks=recycled_blocks, **config))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        if world.core.recycler is not None:
-            world.core.recycler.close()
-            assert num_slots_in_use(world) == 0
-
-
-def hidden_form(world: World) -> HiddenForm:
-    assert world.core.recycler is not None
-    (form,) = (f for f in world.core.recycler.forms.readable if isinstance(f, HiddenForm))
-    return form
-
-
-def num_slots_in_use(world: World) -> int:
-    form = hidden_form(world)
-    return form._arriving.num_in_use + form._computed.num_in_use
-
-
-def blocks_on_disk(store: RecycledStore) -> tuple[int, int]:
-    """Their number, and the bytes of their payloads."""
-    usage = next(u for u in store.usage() if (u.kind, u.tier) == ("blocks", "disk"))
-    return usage.num_entries, usage.num_bytes
-
-
-# -- the same answers ----------------------------------------------------------------------------
+from .hidden_world import KV_BYTES, STATE_BYTES, blocks_on_disk
+from .recycled_world import BLOCK_SIZE, MakeWorld, answer, counted, facts, num_cached
+from .restarts import RAM_BYTES, Restarts
 
 
 def test_cold_memory_ram_disk_and_restart_give_the_same_bits(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+    make_hidden_world: MakeWorld, dict_table: DictTable, restarts: Restarts
 ) -> None:
     prompt = random_prompt(1, 100)
-    cold = facts(answer(make_world(dict_table, recycled_blocks="kv"), prompt))
+    cold = facts(answer(make_hidden_world(dict_table, recycled_blocks="kv"), prompt))
     store = restarts.open()
-    first = make_world(dict_table, store=store)
+    first = make_hidden_world(dict_table, store=store)
     for expected in (0, 96):
         outcome = answer(first, prompt)
         assert (facts(outcome), num_cached(outcome)) == (cold, expected)
@@ -96,7 +41,7 @@ def test_cold_memory_ram_disk_and_restart_give_the_same_bits(
     for ram_bytes, hits in ((RAM_BYTES, {"disk": 12, "ram": 12}), (0, {"disk": 24, "ram": 0})):
         store = restarts.open(ram_bytes)
         for _ in range(2):
-            world = make_world(dict_table, store=store)
+            world = make_hidden_world(dict_table, store=store)
             counting = counted(world)
             restored = answer(world, prompt)
             assert (facts(restored), num_cached(restored)) == (cold, 96)
@@ -155,17 +100,17 @@ def test_the_benchmark_restores_in_either_form(
             "page_cache": [13],
         }
     assert measured["hidden"]["seconds_making_keys_and_values"] > 0
-    assert "a token takes 1,536 bytes as keys and values" in benchmark.choice()
+    assert "a token takes 1,536 bytes as keys and values in float32" in benchmark.choice()
 
 
 def test_many_prompts_in_small_chunks_and_few_blocks(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+    make_hidden_world: MakeWorld, dict_table: DictTable, restarts: Restarts
 ) -> None:
     """Shared beginnings, chunks within blocks, batches, preemption while computing or restoring."""
     shared = random_prompt(4, 40)
     prompts = [shared[: 8 * (i % 5)] + random_prompt(50 + i, 5 + 3 * i) for i in range(12)]
     expected = [
-        facts(answer(make_world(dict_table, recycled_blocks="kv"), p, max_tokens=20)) for p in prompts
+        facts(answer(make_hidden_world(dict_table, recycled_blocks="kv"), p, max_tokens=20)) for p in prompts
     ]
     limits: list[dict[str, int]] = [
         {"max_num_batched_tokens": 11, "kv_cache_bytes": KV_BYTES * 16},
@@ -174,12 +119,12 @@ def test_many_prompts_in_small_chunks_and_few_blocks(
     ]
     for some, limit in zip((prompts, prompts[::2], prompts[1::2]), limits, strict=True):
         for each in ({}, limit):
-            world = make_world(dict_table, store=restarts.open(0), **each)
+            world = make_hidden_world(dict_table, store=restarts.open(0), **each)
             outcomes = [world.add(p, max_tokens=20, logprobs=2) for p in some]
             world.run()
             assert [facts(o) for o in outcomes] == [expected[prompts.index(p)] for p in some]
     for limit in limits:
-        world = make_world(dict_table, store=restarts.open(0), **limit)
+        world = make_hidden_world(dict_table, store=restarts.open(0), **limit)
         counting = counted(world)
         outcomes = [world.add(p, max_tokens=20, logprobs=2) for p in prompts]
         world.run()
@@ -187,49 +132,51 @@ def test_many_prompts_in_small_chunks_and_few_blocks(
         assert counting.num_restored > 50
 
 
-def test_forms_lie_side_by_side(make_world: MakeWorld, restarts: Restarts) -> None:
+def test_forms_lie_side_by_side(make_hidden_world: MakeWorld, restarts: Restarts) -> None:
     """A chain of keys and values, then of hidden states; whoever comes later restores both."""
     prompt = random_prompt(3, 100)
-    cold = facts(answer(make_world(recycled_blocks="kv"), prompt))
-    answer(make_world(recycled_blocks="kv", store=restarts.open()), prompt[:41])
+    cold = facts(answer(make_hidden_world(recycled_blocks="kv"), prompt))
+    answer(make_hidden_world(recycled_blocks="kv", store=restarts.open()), prompt[:41])
     store = restarts.open()
-    assert facts(answer(make_world(store=store), prompt)) == cold
+    assert facts(answer(make_hidden_world(store=store), prompt)) == cold
     assert store.stats.queries["blocks"] == 12, "of each block, in whichever form"
     number, num_bytes = blocks_on_disk(store)
     assert (number, round(num_bytes / STATE_BYTES, 1)) == (12, 5 * 2 + 7)
     for form in ("hidden", "kv", "auto"):
         store = restarts.open()
-        world = make_world(recycled_blocks=form, store=store)
+        world = make_hidden_world(recycled_blocks=form, store=store)
         counting = counted(world)
         assert facts(answer(world, prompt)) == cold
         assert counting.num_restored == 96
         assert store.stats.writes.total() == 0
 
 
-def test_an_answers_blocks_are_kept_as_keys_and_values(make_world: MakeWorld, restarts: Restarts) -> None:
+def test_an_answers_blocks_are_kept_as_keys_and_values(
+    make_hidden_world: MakeWorld, restarts: Restarts
+) -> None:
     """Nobody keeps what goes into the layers of generated tokens; the chain has no gap for it."""
     prompt = random_prompt(15, 16)
     store = restarts.open()
-    world = make_world(store=store)
+    world = make_hidden_world(store=store)
     first = answer(world, prompt, max_tokens=40)
     assert blocks_on_disk(store)[0] == 2
     conversation = prompt + first.tokens()[:-1] + random_prompt(16, 30)
-    cold = facts(answer(make_world(), conversation))
+    cold = facts(answer(make_hidden_world(), conversation))
     assert facts(answer(world, conversation)) == cold
     number, num_bytes = blocks_on_disk(store)
     num_answered = len(prompt + first.tokens()[:-1]) // BLOCK_SIZE - 2
     assert number == len(conversation) // BLOCK_SIZE
     assert round(num_bytes / STATE_BYTES, 1) == number + num_answered
-    world = make_world(store=restarts.open())
+    world = make_hidden_world(store=restarts.open())
     counting = counted(world)
     assert facts(answer(world, conversation)) == cold
     assert counting.num_restored == (len(conversation) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
-def test_only_what_the_store_lacks_is_kept(make_world: MakeWorld, restarts: Restarts) -> None:
+def test_only_what_the_store_lacks_is_kept(make_hidden_world: MakeWorld, restarts: Restarts) -> None:
     prompt = random_prompt(18, 60)
-    answer(make_world(store=restarts.open()), prompt[:40])
-    world = make_world(store=restarts.open(), max_num_batched_tokens=16)
+    answer(make_hidden_world(store=restarts.open()), prompt[:40])
+    world = make_hidden_world(store=restarts.open(), max_num_batched_tokens=16)
     kept: list[list[int]] = []
     forward = world.runner.forward
 
@@ -245,15 +192,42 @@ def test_only_what_the_store_lacks_is_kept(make_world: MakeWorld, restarts: Rest
     assert not any(kept)
 
 
-# -- bounds --------------------------------------------------------------------------------------
+def test_any_mixture_with_any_gaps_gives_the_same_answers(
+    make_hidden_world: MakeWorld, dict_table: DictTable, restarts: Restarts
+) -> None:
+    """Engines of either form on one store, from which states vanish in between."""
+    rng = random.Random(0)
+    stem = random_prompt(30, 60)
+    prompts = [stem[: rng.randint(0, 60)] + random_prompt(31 + i, rng.randint(5, 40)) for i in range(6)]
+    expected = [facts(answer(make_hidden_world(dict_table), p, max_tokens=12)) for p in prompts]
+    num_restored = 0
+    for _ in range(16):
+        store = restarts.open(rng.choice([0, RAM_BYTES]))
+        limits = rng.choice([{}, {"max_num_batched_tokens": 13}, {"kv_cache_bytes": KV_BYTES * 18}])
+        world = make_hidden_world(
+            dict_table, rng.choice(["kv", "hidden", "hidden", "auto"]), store=store, **limits
+        )
+        counting = counted(world)
+        chosen = rng.sample(range(6), 3)
+        outcomes = [world.add(prompts[i], max_tokens=12, logprobs=2) for i in chosen]
+        world.run()
+        assert [facts(o) for o in outcomes] == [expected[i] for i in chosen]
+        num_restored += counting.num_restored
+        assert store.flush(60)
+        hashes = [h for run in world.runs for h in run.generations[0].seq.block_hashes]
+        assert store._disk is not None
+        for block_hash in rng.sample(hashes, len(hashes) // 8):
+            for key in (block_hash, hidden_form(world).key(block_hash)):
+                store._disk.discard(state_key("blocks", key))
+    assert num_restored > 200
 
 
-def test_memory_for_hidden_states_is_bounded(make_world: MakeWorld, restarts: Restarts) -> None:
+def test_memory_for_hidden_states_is_bounded(make_hidden_world: MakeWorld, restarts: Restarts) -> None:
     """While the writer stands still, blocks beyond a share of the cache are kept otherwise, then dropped."""
     store = restarts.open()
     release = threading.Event()
     inner, store._writer._sink.holds = store.holds, lambda name: release.wait(60) and inner(name)  # type: ignore[method-assign]
-    world = make_world(store=store, kv_cache_bytes=KV_BYTES * 16)
+    world = make_hidden_world(store=store, kv_cache_bytes=KV_BYTES * 16)
     form = hidden_form(world)
     assert form.staging_bytes == (16 + 4) * STATE_BYTES
     outcomes = [world.add(random_prompt(i, 60), max_tokens=3) for i in range(4)]
@@ -268,10 +242,10 @@ def test_memory_for_hidden_states_is_bounded(make_world: MakeWorld, restarts: Re
     assert (number, round(num_bytes / STATE_BYTES, 1)) == (8, 4 + 4 * 2)
 
 
-def test_others_are_delayed_by_little_at_a_time(make_world: MakeWorld, restarts: Restarts) -> None:
+def test_others_are_delayed_by_little_at_a_time(make_hidden_world: MakeWorld, restarts: Restarts) -> None:
     prompt = random_prompt(19, 100)
-    cold = facts(answer(make_world(store=restarts.open()), prompt))
-    world = make_world(store=restarts.open())
+    cold = facts(answer(make_hidden_world(store=restarts.open()), prompt))
+    world = make_hidden_world(store=restarts.open())
     form = hidden_form(world)
     other = world.add([200, 201], max_tokens=100)
     while not other.deltas:
@@ -288,193 +262,3 @@ def test_others_are_delayed_by_little_at_a_time(make_world: MakeWorld, restarts:
     world.run()
     assert facts(restored) == cold
     assert len(other.tokens()) == 100
-
-
-# -- faults --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fault", ["damaged", "missing"])
-def test_a_block_that_cannot_be_had_is_computed_and_kept_again(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, fault: str
-) -> None:
-    prompt = random_prompt(7, 100)
-    store = restarts.open()
-    first = make_world(dict_table, store=store)
-    cold = facts(answer(first, prompt))
-    seq = first.runs[-1].generations[0].seq
-    key = hidden_form(first).key(seq.block_hashes[5])
-    payload = store.read("blocks", key, torch.tensor(prompt[40:48], dtype=torch.int32).numpy())
-    assert payload is not None
-    if fault == "damaged":
-        assert restarts.flip_bits(payload.tobytes()[:512]) >= 1
-    else:
-        assert store._disk is not None
-        store._disk.discard(state_key("blocks", key))
-    store = restarts.open()
-    world = make_world(dict_table, store=store)
-    counting = counted(world)
-    assert facts(answer(world, prompt)) == cold
-    assert counting.num_restored == 5 * BLOCK_SIZE
-    assert store.stats.damaged["blocks", "checksum"] == (fault == "damaged")
-    again = make_world(dict_table, store=restarts.open())
-    counting = counted(again)
-    assert facts(answer(again, prompt)) == cold
-    assert counting.num_restored == 96
-
-
-def test_values_that_are_not_finite_are_not_kept(make_world: MakeWorld, restarts: Restarts) -> None:
-    store = restarts.open()
-    world = make_world(store=store)
-    states = hidden_form(world)._computed.states
-    forward = world.runner.forward
-
-    def spoilt(*args: Any) -> Any:
-        hidden = forward(*args)
-        states[:, 1, 2, 3] = torch.nan
-        return hidden
-
-    world.runner.forward = spoilt  # type: ignore[method-assign,assignment]
-    answer(world, random_prompt(8, 40))
-    assert store.stats.writes["blocks", "failed"] == 5
-    assert store.stats.writes["blocks", "stored"] == 0
-
-
-def test_a_budget_that_shrinks_meanwhile_fails_nothing(make_world: MakeWorld, restarts: Restarts) -> None:
-    prompt = random_prompt(9, 100)
-    cold = facts(answer(make_world(store=restarts.open()), prompt))
-    store = restarts.open(RAM_BYTES, SlowStore)
-    assert isinstance(store, SlowStore)
-    store.held, store.released = frozenset({"read"}), threading.Event()
-    world = make_world(store=store)
-    restoring = world.add(prompt, max_tokens=6, logprobs=2)
-    while num_slots_in_use(world) == 0:
-        world.step()
-    store.set_budgets(ram_bytes=0, disk_bytes=64 << 20)
-    store.clear("blocks")
-    store.released.set()
-    world.run()
-    assert facts(restoring) == cold
-    assert store.flush(60)
-    assert store.file_bytes <= 64 << 20
-    assert blocks_on_disk(store)[0] == 12, "what was computed instead was kept"
-    assert not any(u.num_bytes for u in store.usage() if u.tier == "ram")
-
-
-@pytest.mark.parametrize("num_rounds", range(14))
-def test_cancelled_at_any_moment(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts, num_rounds: int
-) -> None:
-    """Half of the prompt restored, half computed and kept."""
-    prompt = random_prompt(13, 100)
-    cold = facts(answer(make_world(dict_table, store=restarts.open()), prompt))
-    restarts.remove()
-    answer(make_world(dict_table, store=restarts.open()), prompt[:50])
-    world = make_world(dict_table, store=restarts.open(0), max_num_batched_tokens=10)
-    for _ in range(2):
-        world.add(prompt, max_tokens=6)
-    for _ in range(num_rounds):
-        world.step()
-        time.sleep(0.0005)
-    world.core.abort(world.runs[0])
-    if num_rounds % 2:
-        world.core.abort(world.runs[1])
-    world.run()
-    assert num_slots_in_use(world) == 0
-    assert facts(answer(world, prompt)) == cold
-
-
-def test_preempted_while_restoring(make_world: MakeWorld, restarts: Restarts) -> None:
-    prompt = random_prompt(14, 100)
-    cold = facts(answer(make_world(store=restarts.open()), prompt))
-    store = restarts.open(kind=SlowStore)
-    assert isinstance(store, SlowStore)
-    store.held, store.released = frozenset({"read"}), threading.Event()
-    world = make_world(store=store, kv_cache_bytes=KV_BYTES * 17)
-    assert facts(preempted_while_restoring(world, store.released, prompt)) == cold
-
-
-def test_any_mixture_with_any_gaps_gives_the_same_answers(
-    make_world: MakeWorld, dict_table: DictTable, restarts: Restarts
-) -> None:
-    """Engines of either form on one store, from which states vanish in between."""
-    rng = random.Random(0)
-    stem = random_prompt(30, 60)
-    prompts = [stem[: rng.randint(0, 60)] + random_prompt(31 + i, rng.randint(5, 40)) for i in range(6)]
-    expected = [facts(answer(make_world(dict_table), p, max_tokens=12)) for p in prompts]
-    num_restored = 0
-    for _ in range(16):
-        store = restarts.open(rng.choice([0, RAM_BYTES]))
-        limits = rng.choice([{}, {"max_num_batched_tokens": 13}, {"kv_cache_bytes": KV_BYTES * 18}])
-        world = make_world(dict_table, rng.choice(["kv", "hidden", "hidden", "auto"]), store=store, **limits)
-        counting = counted(world)
-        chosen = rng.sample(range(6), 3)
-        outcomes = [world.add(prompts[i], max_tokens=12, logprobs=2) for i in chosen]
-        world.run()
-        assert [facts(o) for o in outcomes] == [expected[i] for i in chosen]
-        num_restored += counting.num_restored
-        assert store.flush(60)
-        hashes = [h for run in world.runs for h in run.generations[0].seq.block_hashes]
-        assert store._disk is not None
-        for block_hash in rng.sample(hashes, len(hashes) // 8):
-            for key in (block_hash, hidden_form(world).key(block_hash)):
-                store._disk.discard(state_key("blocks", key))
-    assert num_restored > 200
-
-
-# -- the choice ----------------------------------------------------------------------------------
-
-
-def choose(decoder: Decoder, setting: Any, speed: float | None, **options: Any) -> BlockForms:
-    config = EngineConfig(
-        max_model_len=128, max_num_seqs=4, block_size=BLOCK_SIZE, **options.pop("config", {})
-    )
-    runner = ModelRunner(decoder, config)
-    pool = BlockPool(runner.num_blocks, BLOCK_SIZE)
-    return open_forms(setting, runner, options.get("device", CpuDevice()), pool, lambda: speed)
-
-
-def test_what_is_restored_sooner_is_kept(multi_head: Decoder) -> None:
-    names = {
-        speed: [form.name for form in choose(multi_head, "auto", speed).kept] for speed in (1e3, 1e15, None)
-    }
-    assert names == {1e3: ["hidden", "kv"], 1e15: ["kv"], None: ["kv"]}
-    slow, fast = (choose(multi_head, "auto", speed).reason for speed in (1e3, 1e15))
-    for reason in (slow, fast):
-        assert "a token takes 1,536 bytes as keys and values, 768 as hidden states" in reason
-    assert slow.endswith("hidden states are kept")
-    assert fast.endswith("keys and values are kept")
-    assert "not known" in choose(multi_head, "auto", None).reason
-    assert [form.name for form in choose(multi_head, "auto", 1e15).readable] == ["kv", "hidden"]
-
-
-def test_a_setting_decides_without_measuring_the_disk(multi_head: Decoder) -> None:
-    for setting, kept in (("kv", ["kv"]), ("hidden", ["hidden", "kv"])):
-        forms = choose(multi_head, setting, None)
-        assert [form.name for form in forms.kept] == kept
-        assert "as recycled_blocks says" in forms.reason
-
-
-@pytest.mark.parametrize(
-    ("num_kv_heads", "options", "why"),
-    [
-        (2, {}, "768 as hidden states: keys"),
-        (4, {"config": {"backend": "torch"}}, "this is torch"),
-        (4, {"device": SimDevice(0)}, "only the native CPU backend restores"),
-    ],
-)
-def test_where_hidden_states_are_of_no_use(
-    random_decoder: Callable[..., Decoder], num_kv_heads: int, options: dict[str, Any], why: str
-) -> None:
-    decoder = random_decoder(num_kv_heads=num_kv_heads)
-    forms = choose(decoder, "auto", 1e3, **options)
-    assert [form.name for form in forms.readable] == ["kv"]
-    assert why in forms.reason
-    with pytest.raises(SettingError, match="recycled_blocks is hidden, but a token takes"):
-        choose(decoder, "hidden", 1e3, **options)
-
-
-def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
-    speed = probe_disk(tmp_path)
-    assert speed is None or speed > 1e6
-    assert not list(tmp_path.iterdir())
-    assert probe_disk(tmp_path / "missing") is None

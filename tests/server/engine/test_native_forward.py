@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -13,81 +12,17 @@ from torch import Tensor
 
 from scone.kernels.extension import native
 from scone.kernels.native_decoder import ATTENTION_SPAN
-from scone.kernels.packed_linear import (
-    INSTRUCTION_SETS,
-    PackedLinear,
-    WeightKind,
-    Workspace,
-    rounded_weight_reference,
-)
-from scone.model_store.decoder import Decoder
-from scone.server.engine import native_forward
-from scone.server.engine.engine_config import EngineConfig, Quantization
+from scone.kernels.packed_linear import INSTRUCTION_SETS
+from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.layer_range import LayerRange
 from scone.server.engine.model_runner import ModelRunner
-from scone.server.engine.native_forward import NativeForward
 from scone.server.engine.scheduler import Chunk, Sequence
-from scone.server.errors import SettingError
-from tests.conftest import TINY
 
 from .conftest import random_prompt
+from .instruction_sets import use_instruction_set
+from .native_runs import CONFIG, PROMPTS, hidden_states, random_decoder
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native extension was not built")
-
-CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, block_size=8)
-
-
-def use_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that are packed from now on run on it."""
-    if name not in INSTRUCTION_SETS:
-        pytest.skip(f"this processor has no {name}")
-
-    def workspace(num_threads: int, *, instruction_set: str | None) -> Workspace:
-        assert instruction_set is None
-        return Workspace(num_threads, instruction_set=name)
-
-    monkeypatch.setattr(native_forward, "Workspace", workspace)
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_instruction_set(request.param, monkeypatch)
-
-
-def random_decoder(**shape: Any) -> Decoder:
-    torch.manual_seed(5)
-    decoder = Decoder(replace(TINY, **shape))
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        else:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return decoder.requires_grad_(False).eval()
-
-
-def hidden_states(runner: ModelRunner, prompts: list[list[int]], cuts: list[int]) -> list[Tensor]:
-    """Hidden states of the prompts, computed together in chunks that end at `cuts`."""
-    seqs = []
-    for i, prompt in enumerate(prompts):
-        seqs.append(Sequence(i, 0, prompt, block_ids=list(range(15 - i, 60, 4))))
-    parts: list[list[Tensor]] = [[] for _ in prompts]
-    start = 0
-    with torch.inference_mode():
-        for end in [*cuts, 128]:
-            chunks = [
-                Chunk(s, start, min(end, len(s.token_ids)) - start) for s in seqs if len(s.token_ids) > start
-            ]
-            if chunks:
-                hidden = runner.forward(chunks, runner.embed(chunks)).clone()
-                for chunk, part in zip(
-                    chunks, torch.split(hidden, [c.num_tokens for c in chunks]), strict=True
-                ):
-                    parts[chunk.seq.arrival].append(part)
-            start = end
-    return [torch.cat(p) for p in parts]
-
-
-PROMPTS = [random_prompt(seed, length, high=200) for seed, length in enumerate((1, 9, 40, 77))]
 
 
 @pytest.mark.usefixtures("_instruction_set")
@@ -108,25 +43,6 @@ def test_equals_torch(shape: dict[str, Any]) -> None:
     torch_states = hidden_states(ModelRunner(decoder, replace(CONFIG, backend="torch")), PROMPTS, [16, 33])
     for ours, oracle in zip(native_states, torch_states, strict=True):
         torch.testing.assert_close(ours, oracle, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "kind", "tolerance"),
-    [("int8", "int8", 2e-3), ("bfloat16", "bf16", 5e-2)],  # inputs are rounded to 16 bits, 8 of them mantissa
-)
-def test_equals_torch_on_the_rounded_weights(
-    quantization: Quantization, kind: WeightKind, tolerance: float
-) -> None:
-    decoder = random_decoder()
-    rounded = copy.deepcopy(decoder)
-    for name, parameter in rounded.layers.named_parameters():
-        if parameter.dim() == 2:
-            assert "proj" in name
-            parameter.copy_(rounded_weight_reference(parameter, kind))
-    ours = hidden_states(ModelRunner(decoder, replace(CONFIG, quantization=quantization)), PROMPTS, [16])
-    oracle = hidden_states(ModelRunner(rounded, replace(CONFIG, backend="torch")), PROMPTS, [16])
-    for a, b in zip(ours, oracle, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
@@ -239,127 +155,6 @@ def test_layers_that_end_before_they_begin_are_refused() -> None:
     chunk = Chunk(Sequence(0, 0, [5], block_ids=[0]), 0, 1)
     with torch.inference_mode(), pytest.raises(ValueError, match="first_layer is more than num_layers"):
         runner.forward([chunk], runner.embed([chunk]), LayerRange(2, 1))
-
-
-def test_a_blocks_bytes_are_all_that_is_known_of_its_tokens() -> None:
-    """Copied into another model's cache, elsewhere, they stand in for computing."""
-    for backend in ("native", "torch"):
-        config = replace(CONFIG, backend=backend)
-        first, second = (ModelRunner(random_decoder(), config) for _ in range(2))
-        prompt = random_prompt(4, 24, high=200)
-        here, there = (Sequence(0, 0, prompt, block_ids=ids) for ids in ([3, 1, 2], [9, 4, 7]))
-        with torch.inference_mode():
-            everything, rest = Chunk(here, 0, 24), Chunk(here, 16, 8)
-            first.forward([everything], first.embed([everything]))
-            expected = first.forward([rest], first.embed([rest])).clone()
-            for source, target in zip(here.block_ids[:2], there.block_ids[:2], strict=True):
-                assert first.block(source).numel() == first.block_bytes == 3 * 2 * 2 * 16 * 4 * 8
-                second.block(target).copy_(first.block(source))
-            rest = Chunk(there, 16, 8)
-            assert torch.equal(second.forward([rest], second.embed([rest])), expected)
-
-
-MULTI_HEAD = {"num_kv_heads": 4}
-
-
-@pytest.mark.usefixtures("_instruction_set")
-@pytest.mark.parametrize("quantization", ["none", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("shape", [MULTI_HEAD, {"architecture": "qwen3", "qk_norm": True}, {}])
-def test_keys_and_values_are_restored_from_what_went_into_the_layers(
-    quantization: Quantization, shape: dict[str, Any]
-) -> None:
-    """Kept in chunks and a batch, restored some blocks at a time elsewhere: the same bits."""
-    decoder, config = random_decoder(**shape), replace(CONFIG, quantization=quantization)
-    first, second = (ModelRunner(decoder, config) for _ in range(2))
-    states = first.new_states(9)
-    assert states[0].nbytes == first.state_bytes
-    first.keep_states_in(states)
-    slots = {0: 5, 1: 0, 2: 8, 4: 3}  # not of block 3
-    kept = Sequence(0, 0, random_prompt(7, 44, high=200), block_ids=[3, 1, 2, 9, 8, 7], state_slots=slots)
-    other = Sequence(1, 0, random_prompt(8, 44, high=200), block_ids=list(range(10, 16)))
-    with torch.inference_mode():
-        for begin, end in itertools.pairwise([0, 5, 29, 44]):
-            chunks = [Chunk(seq, begin, end - begin) for seq in (other, kept)]
-            first.forward(chunks, first.embed(chunks))
-        for some in ([0, 4], [2], [1]):
-            second.restore_blocks(
-                states, [slots[b] for b in some], [20 + b for b in some], [8 * b for b in some]
-            )
-        for block in slots:
-            assert first.block(kept.block_ids[block]).any()
-            assert torch.equal(second.block(20 + block), first.block(kept.block_ids[block]))
-    assert not states[[1, 2, 4, 6, 7]].any(), "nothing else was kept"
-
-
-def test_what_cannot_be_restored_is_refused() -> None:
-    runner = ModelRunner(random_decoder(), CONFIG)
-    states = runner.new_states(2)
-    for slots, block_ids, positions, message in (
-        ([2], [0], [0], "a slot is out of range"),
-        ([1], [1 << 20], [0], "a block id is out of range"),
-        ([1], [0], [CONFIG.max_model_len], "past the last position"),
-        ([0, 1], [0], [0], "not of one length"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            runner.restore_blocks(states, slots, block_ids, positions)
-
-
-def test_settings_that_need_native_kernels_say_so() -> None:
-    decoder = random_decoder()
-    for wrong in ({"quantization": "int8"}, {"quantization": "bfloat16"}, {"deterministic": True}):
-        with pytest.raises(SettingError, match="needs the native CPU kernels, but backend is torch"):
-            ModelRunner(decoder, replace(CONFIG, backend="torch", **wrong))
-    odd = random_decoder(head_dim=20)
-    assert ModelRunner(odd, CONFIG).backend == "torch"
-    with pytest.raises(SettingError, match="head_dim is 20, not a multiple of 8"):
-        ModelRunner(odd, replace(CONFIG, backend="native"))
-
-
-def test_auto_takes_the_format_that_keeps_the_weights() -> None:
-    decoder = random_decoder(num_layers=4)
-    stored: list[WeightKind] = ["int4", "int8", "bf16"]
-    for block, kind in zip(decoder.layers, stored, strict=False):
-        for linear in block.children():
-            if isinstance(linear, torch.nn.Linear):
-                linear.weight.copy_(rounded_weight_reference(linear.weight, kind))
-    forward = NativeForward(decoder, "auto", num_threads=1, max_model_len=16)
-    assert forward.kinds == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7 + ["f32"] * 7
-    assert NativeForward(decoder, "int8", num_threads=1, max_model_len=16).kinds == ["int8"] * 28
-    assert NativeForward(decoder, "bfloat16", num_threads=1, max_model_len=16).kinds == ["bf16"] * 28
-
-
-def test_auto_computes_a_bfloat16_checkpoint_as_bfloat16_does() -> None:
-    decoder = random_decoder()
-    for parameter in decoder.parameters():
-        parameter.copy_(parameter.bfloat16())
-    configs: list[Quantization] = ["auto", "bfloat16", "none"]
-    auto, bfloat16, none = (
-        torch.cat(hidden_states(ModelRunner(decoder, replace(CONFIG, quantization=q)), PROMPTS, [16]))
-        for q in configs
-    )
-    assert torch.equal(auto, bfloat16)
-    assert not torch.equal(auto, none)
-
-
-def test_none_holds_weights_in_few_bits_and_loses_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = random_decoder()
-    stored: list[WeightKind] = ["int4", "int8", "bf16"]
-    for block, kind in zip(decoder.layers, stored, strict=False):
-        for linear in block.children():
-            if isinstance(linear, torch.nn.Linear) and kind == "bf16":
-                linear.weight.copy_(linear.weight.bfloat16())
-            elif isinstance(linear, torch.nn.Linear):
-                low, high = (0, 15) if kind == "int4" else (-127, 127)
-                linear.weight.copy_(torch.randint(low, high + 1, linear.weight.shape))
-                linear.weight[:, ::32], linear.weight[:, 1::32] = low, high  # the ends of each group's range
-                linear.weight.mul_(2.0 ** (-5 if kind == "int4" else -9))
-    forward = NativeForward(decoder, "none", num_threads=1, max_model_len=16)
-    assert forward.kinds[:21] == ["int4"] * 7 + ["int8"] * 7 + ["bf16"] * 7
-    config = replace(CONFIG, quantization="none")
-    ours = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
-    monkeypatch.setattr(native_forward, "_pack_exactly", lambda x: PackedLinear(x.weight, "f32", x.bias))
-    plain = hidden_states(ModelRunner(decoder, config), PROMPTS, [16])
-    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 @pytest.mark.usefixtures("_instruction_set")

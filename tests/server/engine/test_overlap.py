@@ -77,7 +77,7 @@ def answers(world: World, seed: int) -> list[dict[int, list[Delta]]]:
 def test_all_that_clients_get_is_the_same(
     make_world: MakeWorld, tiny_decoder: Decoder, dict_table: DictTable, seed: int, num_blocks: int
 ) -> None:
-    block_bytes = tiny_decoder.config.kv_bytes_per_token * 8
+    block_bytes = tiny_decoder.config.kv_values_per_token * 4 * 8
     dict_table.slow = None if seed % 2 else set()
     expected, got = (
         answers(
