@@ -2,10 +2,11 @@
 //
 // A probe is one cache line from memory: some 100 ns if awaited. Positions are therefore taken in blocks, and a
 // block length by length: first all lines that it needs for f-grams of n tokens are asked for (prefetch), then
-// they are looked at. The loops run straight on: whether a probe hits is anybody's guess, and a wrong guess of
-// the processor costs as much as a probe. In a closed set only those positions go on to n + 1 where both parts
-// of the longer f-gram were found, the one that ends there and the one that ends one token earlier; that leaves
-// about 1.7 probes a token (docs/lookup.md).
+// they are looked at; the few searches that go on after their first bucket do so together as well. The loops run
+// straight on: whether a probe hits is anybody's guess, and a wrong guess of the processor costs as much as a
+// probe. In a closed set only those positions go on to n + 1 where both parts of the longer f-gram were found, the
+// one that ends there and the one that ends one token earlier; that leaves about 2.1 probes a token
+// (docs/lookup.md).
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,7 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
 
 #include "arrays.hpp"
 #include "fault_guard.hpp"
@@ -60,28 +60,17 @@ inline Finding look_in(const Bucket& bucket, uint64_t fingerprint) {
     std::memcpy(&row, bytes + sizeof row * size_t(__builtin_ctz(found)), sizeof row);
     // slots fill from the first on: where an empty one is the first to agree, no other does
     uint32_t hit = uint32_t(found != 1u << Bucket::kSlots) & uint32_t(row != Bucket::kEmpty);
-    return {int64_t(row) | (int64_t(hit) - 1), (hit ^ 1) & (bucket.meta & Bucket::kPassed),
+    return {int64_t(row) | (int64_t(hit) - 1), (hit ^ 1) & passes(bucket, fingerprint),
             uint32_t(bucket_check(bucket) != bucket.meta >> 8)};
-}
-
-// Looks for a fingerprint from bucket `at` on. Returns the row, -1 if there is none, or kDamaged.
-constexpr int64_t kDamaged = -2;
-inline int64_t probe(const Index& index, uint64_t& at, uint64_t fingerprint) {
-    for (;; at++) {
-        if (at >= index.num_buckets) return kDamaged;
-        Finding finding = look_in(index.buckets[at], fingerprint);
-        if (finding.damaged) return kDamaged;
-        if (!finding.further) return finding.row;
-    }
 }
 
 // Positions that are matched together.
 struct Block {
     uint8_t reach[kBlock];  // no longer f-gram can end at the position: its sequence or run of tokens begins there
     uint64_t lane_a[kBlock], lane_b[kBlock];
-    uint64_t bucket[kBlock];
     int32_t candidate[kBlock];
-    int32_t further[kBlock];  // those of the candidates whose search goes on after the first bucket
+    uint64_t bucket[kBlock];     // where the search of each candidate has got to
+    int32_t searching[kBlock];  // those of the candidates whose search goes on
 };
 
 // Has a bucket's line brought into the caches. Many positions' lines are prefetched. The few of a decode step are
@@ -95,6 +84,41 @@ void fetch(const Bucket& bucket) {
         uint32_t meta = bucket.meta;
         asm volatile("" : : "r"(meta));  // loaded, though nobody looks at it
     }
+}
+
+// One length of f-grams for the candidates of a block: n tokens, whose lanes there are.
+// Returns the number of a damaged bucket or kNoFault.
+template <bool consecutive>
+int64_t search(const Index& index, Block& block, int64_t num_candidates, int n, int64_t* rows, int8_t* lengths) {
+    int64_t fault = kNoFault;
+    // Looks where a search is; whether it goes on, in the next bucket, which is then asked for.
+    auto look = [&](int64_t k) {
+        int64_t i = block.candidate[k];
+        Finding finding = look_in(index.buckets[block.bucket[k]], block.lane_b[i] >> index.fingerprint_shift);
+        fault = finding.damaged ? int64_t(block.bucket[k]) : fault;
+        int64_t absent = finding.row >> 63;  // all ones or all zeros
+        rows[i] = (rows[i] & absent) | (finding.row & ~absent);
+        lengths[i] = int8_t((lengths[i] & absent) | (n & ~absent));
+        block.bucket[k] += finding.further;
+        fetch<consecutive>(index.buckets[std::min(block.bucket[k], index.num_buckets - 1)]);
+        return finding.further;
+    };
+    int64_t num_searching = 0;
+    for (int64_t k = 0; k < num_candidates; k++) {
+        block.searching[num_searching] = int32_t(k);
+        num_searching += look(k);
+    }
+    while (num_searching > 0 && fault == kNoFault) {
+        int64_t num_left = 0;
+        for (int64_t s = 0; s < num_searching; s++) {
+            int32_t k = block.searching[s];
+            if (block.bucket[k] >= index.num_buckets) return int64_t(block.bucket[k]);
+            block.searching[num_left] = k;
+            num_left += look(k);
+        }
+        num_searching = num_left;
+    }
+    return fault;
 }
 
 // Fills rows[i] and lengths[i] of each position of the block; token(i, back) is the one `back` before position i.
@@ -122,29 +146,8 @@ int64_t match_block(const Index& index, Block& block, int64_t size, const TokenA
             block.bucket[k] = home_bucket(block.lane_a[i], index.num_home_buckets);
             fetch<consecutive>(index.buckets[block.bucket[k]]);
         }
-        int64_t num_further = 0;
-        uint32_t damaged = 0;
-        for (int64_t k = 0; k < num_candidates; k++) {
-            int64_t i = block.candidate[k];
-            Finding finding = look_in(index.buckets[block.bucket[k]], block.lane_b[i] >> index.fingerprint_shift);
-            damaged |= finding.damaged;
-            block.further[num_further] = int32_t(k);
-            num_further += finding.further;
-            int64_t absent = finding.row >> 63;  // all ones or all zeros
-            rows[i] = (rows[i] & absent) | (finding.row & ~absent);
-            lengths[i] = int8_t((lengths[i] & absent) | (n & ~absent));
-        }
-        if (damaged) {
-            for (int64_t k = 0;; k++)
-                if (look_in(index.buckets[block.bucket[k]], 0).damaged) return int64_t(block.bucket[k]);
-        }
-        for (int64_t f = 0; f < num_further; f++) {
-            int64_t k = block.further[f], i = block.candidate[k];
-            int64_t row = probe(index, ++block.bucket[k], block.lane_b[i] >> index.fingerprint_shift);
-            if (row == kDamaged) return int64_t(block.bucket[k]);
-            rows[i] = row >= 0 ? row : rows[i];
-            lengths[i] = int8_t(row >= 0 ? n : lengths[i]);
-        }
+        int64_t fault = search<consecutive>(index, block, num_candidates, n, rows, lengths);
+        if (fault != kNoFault) return fault;
         int64_t num_left = 0;
         for (int64_t k = 0; k < num_candidates; k++) {
             int64_t i = block.candidate[k];
