@@ -76,7 +76,8 @@ def fingerprints(lane_b: U64, fp_bits: int) -> U64:
 
 def pass_flags(fingerprints: U64) -> NDArray[np.uint32]:
     """(n,): the flag that each key sets, besides FLAG_PASSED, in the buckets that its search passes."""
-    return np.uint32(2) << np.minimum(fingerprints & np.uint64(7), 6).astype(np.uint32)
+    flags: NDArray[np.uint32] = np.uint32(2) << np.minimum(fingerprints & np.uint64(7), 6).astype(np.uint32)
+    return flags
 
 
 def passes(buckets: NDArray[np.void], fingerprints: U64) -> NDArray[np.bool_]:
@@ -85,7 +86,8 @@ def passes(buckets: NDArray[np.void], fingerprints: U64) -> NDArray[np.bool_]:
     Tables written before 2026-11-26 have no flag but FLAG_PASSED.
     """
     flags = buckets["meta"] & 0xFF
-    return (flags & pass_flags(fingerprints) != 0) | (flags == FLAG_PASSED)
+    further: NDArray[np.bool_] = (flags & pass_flags(fingerprints) != 0) | (flags == FLAG_PASSED)
+    return further
 
 
 def bucket_checks(buckets: NDArray[np.void]) -> NDArray[np.uint32]:

@@ -27,7 +27,7 @@ namespace scone {
 
 constexpr int kMaxN = 16;
 constexpr int64_t kBlock = 256;  // positions in flight: their lines and hashes fit in L1
-constexpr int64_t kNewest = 32;  // the same of sequences that decode, whose lines of all lengths are on their way at once
+constexpr int64_t kNewest = 32;  // sequences that decode: their lines of all lengths are on their way at once
 constexpr int64_t kNoFault = -1;
 constexpr int64_t kIndexFault = -2;
 
