@@ -74,6 +74,22 @@ def fingerprints(lane_b: U64, fp_bits: int) -> U64:
     return lane_b >> np.uint64(64 - fp_bits)
 
 
+def pass_flags(fingerprints: U64) -> NDArray[np.uint32]:
+    """(n,): the flag that each key sets, besides FLAG_PASSED, in the buckets that its search passes."""
+    flags: NDArray[np.uint32] = np.uint32(2) << np.minimum(fingerprints & np.uint64(7), 6).astype(np.uint32)
+    return flags
+
+
+def passes(buckets: NDArray[np.void], fingerprints: U64) -> NDArray[np.bool_]:
+    """Whether the search for each fingerprint may have to go on after its bucket, (n,) of BUCKET_DTYPE.
+
+    Tables written before 2026-11-26 have no flag but FLAG_PASSED.
+    """
+    flags = buckets["meta"] & 0xFF
+    further: NDArray[np.bool_] = (flags & pass_flags(fingerprints) != 0) | (flags == FLAG_PASSED)
+    return further
+
+
 def bucket_checks(buckets: NDArray[np.void]) -> NDArray[np.uint32]:
     """24 bits for each bucket of BUCKET_DTYPE, over everything in it but themselves."""
     words = np.ascontiguousarray(buckets).view("<u8").reshape(-1, 8).copy()

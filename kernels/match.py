@@ -212,7 +212,7 @@ def find_reference(
         )
         hit = hits.any(axis=1)
         found[searching[hit]] = buckets["row"][hit, hits[hit].argmax(axis=1)]
-        further = ~hit & (buckets["meta"] & fgram_hash.FLAG_PASSED != 0)
+        further = ~hit & fgram_hash.passes(buckets, fingerprints[searching])
         searching = searching[further]
         bucket_ids[searching] += 1
     return found

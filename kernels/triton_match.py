@@ -18,6 +18,7 @@ _SLOTS = tl.constexpr(5)
 _ROWS_AT = tl.constexpr(10)  # the first row id, in 32-bit words
 _META_AT = tl.constexpr(15)
 _EMPTY = tl.constexpr(0xFFFFFFFF)
+_PASSED = tl.constexpr(1)
 _MULTIPLIER_A = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_B = tl.constexpr(0xD6E8FEB86659FD93)
 _CHECKS = tl.constexpr(
@@ -68,7 +69,9 @@ def find(words, bucket, fingerprint, searching):
             here = searching & (hit == 0) & (stored == fingerprint) & (row != _EMPTY)
             found = tl.where(here, row.to(tl.int64), found)
             hit = hit | here
-        searching = searching & (hit == 0) & ((meta & 1) != 0)
+        flags = meta & 0xFF
+        pass_flag = tl.full(bucket.shape, 2, tl.uint32) << tl.minimum(fingerprint & 7, 6).to(tl.uint32)
+        searching = searching & (hit == 0) & (((flags & pass_flag) != 0) | (flags == _PASSED))
         bucket += 1
     return found
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scone.cache import FGramTable
 from scone.model_store.checkpoint import Checkpoint
 from scone.server.engine.engine import Engine
 from scone.server.engine.engine_config import EngineConfig
-from scone.server.model_benchmark import generate
+from scone.server.sequence import Delta, GenerationRequest, SamplingParams
 
 SHORT_PROMPT = 32
 """Tokens of the prompts that decoding starts from."""
@@ -19,6 +21,7 @@ SHORT_PROMPT = 32
 _STEP_TOKENS = 512  # as the engine's default
 _DECODE_TOKENS = 24
 _REPEATS = 3
+_request_ids = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def measure_model_speed(
     engine = Engine(config, checkpoint.decoder(), checkpoint.tokenizer(), table, checkpoint.model_hash)
     engine.start()
     try:
-        generate(engine, [prompts[0][:SHORT_PROMPT]] * batch, 2)  # touches memory for the first time
+        _generate(engine, [prompts[0][:SHORT_PROMPT]] * batch, 2)  # touches memory for the first time
         return ModelSpeed(_first_token(engine, prompts), _step(engine, prompts, batch))
     finally:
         engine.shutdown(timeout_seconds=10)
@@ -56,7 +59,7 @@ def _first_token(engine: Engine, prompts: Sequence[Sequence[int]]) -> float:
     seconds = []
     for prompt in prompts:
         began = time.perf_counter()
-        seconds.append(generate(engine, [prompt], 1).all_began - began)
+        seconds.append(_generate(engine, [prompt], 1).all_began - began)
     return statistics.median(seconds)
 
 
@@ -64,6 +67,44 @@ def _step(engine: Engine, prompts: Sequence[Sequence[int]], batch: int) -> float
     seconds = []
     for repeat in range(_REPEATS):
         starts = [prompts[(repeat * batch + i) % len(prompts)][:SHORT_PROMPT] for i in range(batch)]
-        run = generate(engine, starts, _DECODE_TOKENS)
+        run = _generate(engine, starts, _DECODE_TOKENS)
         seconds.append((run.ended - run.all_began) / (_DECODE_TOKENS - 1))
     return statistics.median(seconds)
+
+
+@dataclass
+class _Run:
+    """Follows some sequences to their ends."""
+
+    num_sequences: int
+    began: set[str] = field(default_factory=set)
+    num_ended: int = 0
+    all_began: float = 0.0
+    ended: float = 0.0
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+    def on_delta(self, request_id: str, delta: Delta) -> None:
+        assert delta.error is None, delta.error
+        if request_id not in self.began:
+            self.began.add(request_id)
+            self.all_began = time.perf_counter()
+        if delta.finish_reason is not None:
+            self.num_ended += 1
+            self.ended = time.perf_counter()
+            if self.num_ended == self.num_sequences:
+                self.is_over.set()
+
+
+def _generate(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int) -> _Run:
+    run = _Run(len(prompts))
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens)
+    requests = [
+        GenerationRequest(request_id=str(next(_request_ids)), input_ids=tuple(prompt), sampling=sampling)
+        for prompt in prompts
+    ]
+    engine.submit_batch(
+        [(r, lambda delta, name=r.request_id: run.on_delta(name, delta)) for r in requests]  # type: ignore[misc]
+    )
+    if not run.is_over.wait(600):
+        raise TimeoutError("the requests did not end within 600 s")
+    return run

@@ -1,6 +1,7 @@
 // Suffix hashes of the f-gram index; the same arithmetic as kernels/fgram_hash.py. See model_store/FORMAT.md.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace scone {
@@ -10,6 +11,7 @@ struct Bucket {
     static constexpr int kSlots = 5;
     static constexpr uint32_t kEmpty = 0xFFFFFFFFu;
     static constexpr uint32_t kPassed = 1;  // flag: a key whose search passes through here lies further on
+    static constexpr uint32_t kFlags = 0xFF;
 
     uint64_t fingerprint[kSlots];
     uint32_t row[kSlots];
@@ -34,6 +36,15 @@ inline uint64_t home_bucket(uint64_t lane_a, uint64_t num_home_buckets) {
     return ((lane_a >> 32) * num_home_buckets) >> 32;
 }
 
+// The flag that a key with this fingerprint sets in each bucket that its search passes through.
+inline uint32_t pass_flag(uint64_t fingerprint) { return 2u << std::min<uint64_t>(fingerprint & 7, 6); }
+
+// 1 if a search for this fingerprint may have to go on after the bucket; older tables say only that some may.
+inline uint32_t passes(const Bucket& bucket, uint64_t fingerprint) {
+    uint32_t flags = bucket.meta & Bucket::kFlags;
+    return uint32_t((flags & pass_flag(fingerprint)) != 0) | uint32_t(flags == Bucket::kPassed);
+}
+
 // 24 bits that change with any bit of the bucket outside themselves.
 inline uint32_t bucket_check(const Bucket& bucket) {
     const auto& r = bucket.row;
@@ -41,7 +52,7 @@ inline uint32_t bucket_check(const Bucket& bucket) {
     for (int i = 0; i < Bucket::kSlots; i++) sum += bucket.fingerprint[i] * kCheckMultiplier[i];
     sum += (r[0] | uint64_t(r[1]) << 32) * kCheckMultiplier[5];
     sum += (r[2] | uint64_t(r[3]) << 32) * kCheckMultiplier[6];
-    sum += (r[4] | uint64_t(bucket.meta & 0xFF) << 32) * kCheckMultiplier[7];
+    sum += (r[4] | uint64_t(bucket.meta & Bucket::kFlags) << 32) * kCheckMultiplier[7];
     return uint32_t(sum >> 40);
 }
 

@@ -45,6 +45,28 @@ static Py_ssize_t checked_batch(nb::list sequences, nb::list row_ids) {
     return batch;
 }
 
+// A token id; PyLong_AsLongLong is a call for each of them.
+static int64_t token_value(PyObject* token) {
+#if PY_VERSION_HEX >= 0x030C0000
+    if (PyLong_CheckExact(token) && PyUnstable_Long_IsCompact(reinterpret_cast<PyLongObject*>(token)))
+        return PyUnstable_Long_CompactValue(reinterpret_cast<PyLongObject*>(token));
+#else
+    if (PyLong_CheckExact(token) && Py_SIZE(token) == 1)
+        return int64_t(reinterpret_cast<PyLongObject*>(token)->ob_digit[0]);
+#endif
+    int64_t value = PyLong_AsLongLong(token);
+    if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+    return value;
+}
+
+// The newest tokens of a sequence, padded with -1 on the left.
+static void fill_window(int64_t* window, Py_ssize_t width, PyObject* tokens) {
+    Py_ssize_t size = PyList_GET_SIZE(tokens), num = std::min(size, width);
+    std::fill_n(window, width - num, -1);
+    for (Py_ssize_t k = 0; k < num; k++)
+        window[width - num + k] = token_value(PyList_GET_ITEM(tokens, size - num + k));
+}
+
 static NewestMatches match_lists(const Matcher& matcher, nb::list sequences, Py_ssize_t batch) {
     Py_ssize_t width = matcher.max_n();
     for (Py_ssize_t i = 0; i < batch; i++) {
@@ -53,19 +75,14 @@ static NewestMatches match_lists(const Matcher& matcher, nb::list sequences, Py_
         for (Py_ssize_t k = std::max<Py_ssize_t>(0, size - width); k < size; k++)
             __builtin_prefetch(PyList_GET_ITEM(tokens, k));
     }
-    std::vector<int64_t> windows(size_t(batch * width), -1);
-    std::vector<int8_t> lengths(static_cast<size_t>(batch));
-    NewestMatches found{std::vector<int64_t>(static_cast<size_t>(batch)), 0};
-    for (Py_ssize_t i = 0; i < batch; i++) {
-        PyObject* tokens = PyList_GET_ITEM(sequences.ptr(), i);
-        Py_ssize_t size = PyList_GET_SIZE(tokens), num = std::min(size, width);
-        int64_t* window = &windows[size_t((i + 1) * width - num)];
-        for (Py_ssize_t k = 0; k < num; k++) {
-            window[k] = PyLong_AsLongLong(PyList_GET_ITEM(tokens, size - num + k));
-            if (window[k] == -1 && PyErr_Occurred()) throw nb::python_error();
-        }
+    NewestMatches found{std::vector<int64_t>(static_cast<size_t>(batch)), kNoFault};
+    int64_t windows[kNewest * kMaxN];
+    for (Py_ssize_t first = 0; first < batch && found.fault == kNoFault; first += kNewest) {
+        Py_ssize_t num = std::min<Py_ssize_t>(kNewest, batch - first);
+        for (Py_ssize_t i = 0; i < num; i++)
+            fill_window(windows + i * width, width, PyList_GET_ITEM(sequences.ptr(), first + i));
+        found.fault = matcher.match_windows(windows, num, &found.rows[size_t(first)]);
     }
-    found.fault = matcher.match_windows(windows.data(), batch, found.rows.data(), lengths.data());
     return found;
 }
 

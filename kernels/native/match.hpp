@@ -2,10 +2,11 @@
 //
 // A probe is one cache line from memory: some 100 ns if awaited. Positions are therefore taken in blocks, and a
 // block length by length: first all lines that it needs for f-grams of n tokens are asked for (prefetch), then
-// they are looked at. The loops run straight on: whether a probe hits is anybody's guess, and a wrong guess of
-// the processor costs as much as a probe. In a closed set only those positions go on to n + 1 where both parts
-// of the longer f-gram were found, the one that ends there and the one that ends one token earlier; that leaves
-// about 1.7 probes a token (docs/lookup.md).
+// they are looked at; the few searches that go on after their first bucket do so together as well. The loops run
+// straight on: whether a probe hits is anybody's guess, and a wrong guess of the processor costs as much as a
+// probe. In a closed set only those positions go on to n + 1 where both parts of the longer f-gram were found, the
+// one that ends there and the one that ends one token earlier; that leaves about 2.1 probes a token
+// (docs/lookup.md). Positions of different sequences are few, and have all their lines asked for at once.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,7 +16,6 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
 
 #include "arrays.hpp"
 #include "fault_guard.hpp"
@@ -27,6 +27,7 @@ namespace scone {
 
 constexpr int kMaxN = 16;
 constexpr int64_t kBlock = 256;  // positions in flight: their lines and hashes fit in L1
+constexpr int64_t kNewest = 32;  // sequences that decode: their lines of all lengths are on their way at once
 constexpr int64_t kNoFault = -1;
 constexpr int64_t kIndexFault = -2;
 
@@ -60,47 +61,66 @@ inline Finding look_in(const Bucket& bucket, uint64_t fingerprint) {
     std::memcpy(&row, bytes + sizeof row * size_t(__builtin_ctz(found)), sizeof row);
     // slots fill from the first on: where an empty one is the first to agree, no other does
     uint32_t hit = uint32_t(found != 1u << Bucket::kSlots) & uint32_t(row != Bucket::kEmpty);
-    return {int64_t(row) | (int64_t(hit) - 1), (hit ^ 1) & (bucket.meta & Bucket::kPassed),
+    return {int64_t(row) | (int64_t(hit) - 1), (hit ^ 1) & passes(bucket, fingerprint),
             uint32_t(bucket_check(bucket) != bucket.meta >> 8)};
 }
 
-// Looks for a fingerprint from bucket `at` on. Returns the row, -1 if there is none, or kDamaged.
-constexpr int64_t kDamaged = -2;
-inline int64_t probe(const Index& index, uint64_t& at, uint64_t fingerprint) {
-    for (;; at++) {
-        if (at >= index.num_buckets) return kDamaged;
-        Finding finding = look_in(index.buckets[at], fingerprint);
-        if (finding.damaged) return kDamaged;
-        if (!finding.further) return finding.row;
+// Searches for f-grams of one length, of many positions at once; arrays are by position.
+struct Searches {
+    int64_t num;
+    const int32_t* positions;
+    uint64_t* buckets;  // where each search has got to
+    const uint64_t* lanes_b;
+    int32_t* going_on;  // room for those that go on after their first bucket
+};
+
+// Sets row and length of those positions where an f-gram of n tokens is found.
+// Returns the number of a damaged bucket or kNoFault.
+inline int64_t search(const Index& index, const Searches& all, int n, int64_t* rows, int8_t* lengths) {
+    int64_t fault = kNoFault;
+    // Looks where a search is; whether it goes on, in the next bucket, which is then asked for.
+    auto look = [&](int32_t i) {
+        uint64_t at = all.buckets[i];
+        Finding finding = look_in(index.buckets[at], all.lanes_b[i] >> index.fingerprint_shift);
+        fault = finding.damaged ? int64_t(at) : fault;
+        int64_t absent = finding.row >> 63;  // all ones or all zeros
+        rows[i] = (rows[i] & absent) | (finding.row & ~absent);
+        lengths[i] = int8_t((lengths[i] & absent) | (n & ~absent));
+        all.buckets[i] = at + finding.further;
+        __builtin_prefetch(&index.buckets[at + finding.further], 0, 2);
+        return finding.further;
+    };
+    int64_t num_going_on = 0;
+    for (int64_t k = 0; k < all.num; k++) {
+        int32_t i = all.positions[k];
+        all.going_on[num_going_on] = i;
+        num_going_on += look(i);
     }
+    while (num_going_on > 0 && fault == kNoFault) {
+        int64_t num_left = 0;
+        for (int64_t k = 0; k < num_going_on; k++) {
+            int32_t i = all.going_on[k];
+            if (all.buckets[i] >= index.num_buckets) return int64_t(all.buckets[i]);
+            all.going_on[num_left] = i;
+            num_left += look(i);
+        }
+        num_going_on = num_left;
+    }
+    return fault;
 }
 
-// Positions that are matched together.
+// Positions that follow one another and are matched together.
 struct Block {
     uint8_t reach[kBlock];  // no longer f-gram can end at the position: its sequence or run of tokens begins there
     uint64_t lane_a[kBlock], lane_b[kBlock];
     uint64_t bucket[kBlock];
-    int32_t candidate[kBlock];
-    int32_t further[kBlock];  // those of the candidates whose search goes on after the first bucket
+    int32_t candidate[kBlock], going_on[kBlock];
 };
 
-// Has a bucket's line brought into the caches. Many positions' lines are prefetched. The few of a decode step are
-// loaded: looked for between an engine's other work, prefetched ones came late, and each probe took 180 cycles, not
-// 22 (docs/lookup.md).
-template <bool consecutive>
-void fetch(const Bucket& bucket) {
-    if (consecutive) {
-        __builtin_prefetch(&bucket, 0, 2);
-    } else {
-        uint32_t meta = bucket.meta;
-        asm volatile("" : : "r"(meta));  // loaded, though nobody looks at it
-    }
-}
-
 // Fills rows[i] and lengths[i] of each position of the block; token(i, back) is the one `back` before position i.
-// With `consecutive`, position i - 1 is that of the token before i, also before the block.
+// lengths[-1] is that of the position before the block, where that is of the same sequence.
 // Returns the number of a damaged bucket or kNoFault.
-template <bool consecutive, class TokenAt>
+template <class TokenAt>
 int64_t match_block(const Index& index, Block& block, int64_t size, const TokenAt& token, int64_t* rows,
                     int8_t* lengths) {
     int64_t num_candidates = 0;
@@ -119,40 +139,66 @@ int64_t match_block(const Index& index, Block& block, int64_t size, const TokenA
             uint32_t id = token(i, n - 1);
             block.lane_a[i] = extend(block.lane_a[i], id, kMultiplierA);
             block.lane_b[i] = extend(block.lane_b[i], id, kMultiplierB);
-            block.bucket[k] = home_bucket(block.lane_a[i], index.num_home_buckets);
-            fetch<consecutive>(index.buckets[block.bucket[k]]);
+            block.bucket[i] = home_bucket(block.lane_a[i], index.num_home_buckets);
+            __builtin_prefetch(&index.buckets[block.bucket[i]], 0, 2);
         }
-        int64_t num_further = 0;
-        uint32_t damaged = 0;
-        for (int64_t k = 0; k < num_candidates; k++) {
-            int64_t i = block.candidate[k];
-            Finding finding = look_in(index.buckets[block.bucket[k]], block.lane_b[i] >> index.fingerprint_shift);
-            damaged |= finding.damaged;
-            block.further[num_further] = int32_t(k);
-            num_further += finding.further;
-            int64_t absent = finding.row >> 63;  // all ones or all zeros
-            rows[i] = (rows[i] & absent) | (finding.row & ~absent);
-            lengths[i] = int8_t((lengths[i] & absent) | (n & ~absent));
-        }
-        if (damaged) {
-            for (int64_t k = 0;; k++)
-                if (look_in(index.buckets[block.bucket[k]], 0).damaged) return int64_t(block.bucket[k]);
-        }
-        for (int64_t f = 0; f < num_further; f++) {
-            int64_t k = block.further[f], i = block.candidate[k];
-            int64_t row = probe(index, ++block.bucket[k], block.lane_b[i] >> index.fingerprint_shift);
-            if (row == kDamaged) return int64_t(block.bucket[k]);
-            rows[i] = row >= 0 ? row : rows[i];
-            lengths[i] = int8_t(row >= 0 ? n : lengths[i]);
-        }
+        Searches all{num_candidates, block.candidate, block.bucket, block.lane_b, block.going_on};
+        int64_t fault = search(index, all, n, rows, lengths);
+        if (fault != kNoFault) return fault;
         int64_t num_left = 0;
         for (int64_t k = 0; k < num_candidates; k++) {
             int64_t i = block.candidate[k];
             int64_t goes_on = block.reach[i] > n;  // then position i - 1 is of the same sequence
             // lengths[i - 1] is looked at only where it is there
-            goes_on &= int64_t(!index.closed) | ((lengths[i] == n) & (int64_t(!consecutive) | (lengths[i - goes_on] >= n)));
+            goes_on &= int64_t(!index.closed) | ((lengths[i] == n) & (lengths[i - goes_on] >= n));
             block.candidate[num_left] = int32_t(i);
             num_left += goes_on;
+        }
+        num_candidates = num_left;
+    }
+    return kNoFault;
+}
+
+// The newest positions of sequences that know nothing of each other.
+struct Newest {
+    uint8_t reach[kNewest];
+    uint64_t lane_b[kMaxN + 1][kNewest], bucket[kMaxN + 1][kNewest];  // by length
+    int32_t candidate[kNewest], going_on[kNewest];
+};
+
+// As match_block. So few positions do not hide the wait for their lines, length by length: those of all lengths are
+// asked for at once, though a third of them will not be looked at.
+template <class TokenAt>
+int64_t match_apart(const Index& index, Newest& newest, int64_t size, const TokenAt& token, int64_t* rows,
+                    int8_t* lengths) {
+    for (int64_t i = 0; i < size; i++) {
+        uint64_t lane_a = index.seed_a, lane_b = index.seed_b;
+        for (int n = 1; n <= newest.reach[i]; n++) {
+            uint32_t id = token(i, n - 1);
+            lane_a = extend(lane_a, id, kMultiplierA);
+            lane_b = extend(lane_b, id, kMultiplierB);
+            if (n == 1) continue;
+            newest.lane_b[n][i] = lane_b;
+            newest.bucket[n][i] = home_bucket(lane_a, index.num_home_buckets);
+            __builtin_prefetch(&index.buckets[newest.bucket[n][i]]);
+        }
+    }
+    int64_t num_candidates = 0;
+    for (int64_t i = 0; i < size; i++) {
+        rows[i] = -1;
+        lengths[i] = 1;
+        newest.candidate[num_candidates] = int32_t(i);
+        num_candidates += newest.reach[i] >= 2;
+    }
+    for (int n = 2; n <= index.max_n && num_candidates > 0; n++) {
+        Searches all{num_candidates, newest.candidate, newest.bucket[n], newest.lane_b[n], newest.going_on};
+        int64_t fault = search(index, all, n, rows, lengths);
+        if (fault != kNoFault) return fault;
+        int64_t num_left = 0;
+        for (int64_t k = 0; k < num_candidates; k++) {
+            int32_t i = newest.candidate[k];
+            newest.candidate[num_left] = i;
+            num_left += (newest.reach[i] > n) & (!index.closed | (lengths[i] == n));
         }
         num_candidates = num_left;
     }
@@ -204,8 +250,9 @@ class Matcher {
     }
 
     // Matches the last position of each sequence; windows are their newest tokens, padded with -1 on the left,
-    // max_n of each. Needs no GIL.
-    int64_t match_windows(const int64_t* windows, int64_t batch, int64_t* rows, int8_t* lengths) const {
+    // max_n of each. At most kNewest sequences; needs no GIL.
+    int64_t match_windows(const int64_t* windows, int64_t batch, int64_t* rows) const {
+        int8_t lengths[kNewest];
         return match_windows(windows, index_.max_n, 1, batch, index_.max_n, rows, lengths);
     }
 
@@ -228,17 +275,17 @@ class Matcher {
         int64_t longest = std::min<int64_t>(width, index_.max_n);
         int64_t fault = kNoFault;
         bool readable = guarded([&] {
-            Block block;
-            for (int64_t begin = 0; begin < batch && fault == kNoFault; begin += kBlock) {
-                int64_t size = std::min(kBlock, batch - begin);
-                const Token* newest = data + begin * stride + (width - 1) * step;
+            Newest newest;
+            for (int64_t begin = 0; begin < batch && fault == kNoFault; begin += kNewest) {
+                int64_t size = std::min(kNewest, batch - begin);
+                const Token* last = data + begin * stride + (width - 1) * step;
                 for (int64_t i = 0; i < size; i++) {
                     int reach = 0;
-                    while (reach < longest && is_token(newest[i * stride - reach * step])) reach++;
-                    block.reach[i] = uint8_t(reach);
+                    while (reach < longest && is_token(last[i * stride - reach * step])) reach++;
+                    newest.reach[i] = uint8_t(reach);
                 }
-                auto token = [&](int64_t i, int back) { return uint32_t(newest[i * stride - back * step]); };
-                fault = match_block<false>(index_, block, size, token, rows + begin, lengths + begin);
+                auto token = [&](int64_t i, int back) { return uint32_t(last[i * stride - back * step]); };
+                fault = match_apart(index_, newest, size, token, rows + begin, lengths + begin);
             }
         });
         return counted(readable ? fault : kIndexFault, lengths, batch);
@@ -262,7 +309,7 @@ class Matcher {
                 }
                 const Token* first = tokens + begin;
                 auto token = [&](int64_t i, int back) { return uint32_t(first[i - back]); };
-                fault = match_block<true>(index_, block, size, token, rows + begin, lengths + begin);
+                fault = match_block(index_, block, size, token, rows + begin, lengths + begin);
             }
         });
         return readable ? fault : kIndexFault;

@@ -34,7 +34,7 @@ constexpr size_t kPageBytes = 4096;             // granularity of mincore and ma
 constexpr size_t kCheckBytes = 4096;            // one checksum covers this much of the row stream
 constexpr int64_t kBytesPerThread = 512 << 10;  // below this, waking a thread costs more than it saves
 constexpr int64_t kLeastBytesPerChunk = 64 << 10, kMostBytesPerChunk = 1 << 20;  // what a thread takes at a time
-constexpr int64_t kStreamBytes = 16 << 20;       // more than this would push all else out of the caches
+constexpr int64_t kStreamBytes = 4 << 20;        // from here on rows are written past the caches (docs/lookup.md)
 constexpr int64_t kBytesAhead = 16 << 10;       // of rows on their way while one is copied
 constexpr int64_t kUnlockBytes = 256 << 10;     // a shorter copy ends before the GIL, once given away, comes back
 

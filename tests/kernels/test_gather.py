@@ -9,7 +9,7 @@ import torch
 from scone.kernels.gather import RowMemory, decode_rows
 from scone.kernels.row_codec import CODECS, DTYPES, RowCodec
 
-STREAMED_BYTES = 16 << 20  # outputs from here on go past the caches (native/gather.cpp)
+STREAMED_BYTES = 4 << 20  # outputs from here on go past the caches (native/gather.cpp)
 
 
 def memory_of(stored: torch.Tensor, codec: RowCodec, shift: int = 0) -> RowMemory:

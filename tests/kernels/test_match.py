@@ -147,6 +147,18 @@ def test_padding_and_impossible_ids_end_a_match(fgram_set: MakeSet, tmp_path: Pa
     assert lengths.tolist() == [1, 2, 3, 1, 1, 2, 1, 2, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("odd", [-1, 0, 1, (1 << 30) - 1, 1 << 30, (1 << 31) - 1, 1 << 31, 1 << 40])
+def test_newest_tokens_of_any_size_are_read_from_lists(fgram_set: MakeSet, tmp_path: Path, odd: int) -> None:
+    """Integers of one digit are read another way than others."""
+    stored = {fgram: 5 for fgram in ((1, 2), (0, 1), (1, 2, 0), ((1 << 31) - 1, 2), ((1 << 30) - 1, 2))}
+    index = index_of(fgram_set(stored), tmp_path / "index.bin")
+    sequences = [[odd, 2], [2, odd], [1, 2, odd], [odd]]
+    row_ids: list[list[int]] = [[] for _ in sequences]
+    Matcher(index).match_newest(sequences, row_ids, IdTarget(*np.empty((2, 4), np.int64)))
+    ends = [match_reference(index, np.array(s), np.array([0, len(s)]))[0][-1] for s in sequences]
+    assert row_ids == [[row_id] for row_id in ends]
+
+
 small_fgrams = st.sets(
     st.lists(st.integers(0, 3), min_size=2, max_size=5).map(tuple), min_size=1, max_size=12
 )
