@@ -20,9 +20,11 @@ from scone.cache.memory_budget import MemoryBudget
 from scone.cache.recycled_config import RecycledConfig
 from scone.cache.recycled_store import RecycledStore
 from scone.model_store.fgram_set import FGramSet
+from scone.server.engine.step_clock import StepClock
 from scone.server.metrics import ServerMetrics
 from scone.server.recycled_metrics import RecycledCollector
 from scone.server.served_table import ServedTable
+from scone.server.step_metrics import StepCollector
 from scone.server.table_metrics import TableCollector
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +124,7 @@ def test_every_metric_named_is_exported(zipf_fgrams: FGramSet, write_table: Any,
     metrics = ServerMetrics()
     served = ServedTable(write_table(tmp_path / "table", zipf_fgrams))
     metrics.registry.register(TableCollector(served))
+    metrics.registry.register(StepCollector(StepClock()))
     with RecycledStore.open(None, RecycledConfig(), MemoryBudget(0)) as store:
         metrics.registry.register(RecycledCollector(store))
         page = metrics.exposition()[0].decode()
