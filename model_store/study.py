@@ -98,7 +98,7 @@ def arms_of(config: StudyConfig) -> list[Arm]:
         best,
         replace(best, name="S-control", last_token_only=True),
         replace(base, name="M", dim=config.large_dim, num_layers=config.large_layers),
-        replace(best, name="S-large-set-thin", fgram_layers=config.thin_layers, is_main=False),
+        replace(best, name="S-large-set-thin", fgram_layers=config.thin_layers),
         replace(best, name="S-small-set-deep", num_fgrams=config.small_set, is_main=False),
         replace(
             best,

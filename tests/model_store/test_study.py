@@ -44,7 +44,13 @@ def test_the_default_sizes_are_those_that_were_asked_for() -> None:
         for layers in (config.thin_layers, config.deep_layers)
     }
     assert {arm.embedding for arm in arms} == {"dense", "kronecker"}
-    assert [arm.name for arm in arms if arm.is_main] == ["S", "S-large-set-deep", "S-control", "M"]
+    assert [arm.name for arm in arms if arm.is_main] == [
+        "S",
+        "S-large-set-deep",
+        "S-control",
+        "M",
+        "S-large-set-thin",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def test_every_row_is_trained_and_reported(study: tuple[Path, list[str]]) -> Non
     logs = folder / "docs/quality"
     names = {path.name for path in logs.iterdir() if path.is_dir()}
     assert names == {f"{arm.name}-0" for arm in arms_of(StudyConfig())} | {
-        f"{name}-1" for name in ("S", "S-large-set-deep", "S-control", "M")
+        f"{name}-1" for name in ("S", "S-large-set-deep", "S-large-set-thin", "S-control", "M")
     }
     text = (folder / "docs/quality.md").read_text()
     runs = {run.name: run for run in read_logs(logs)}
