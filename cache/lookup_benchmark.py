@@ -2,7 +2,7 @@
 
 Rivals (lookup_rivals.py): the paper's recipe, `np.memmap`, torch, engramdb where it is installed; copies are
 held against a plain one. Ways that are compared take turns, so that a slow moment of the machine hits all;
-medians count, and of look-ups in memory the median of three rounds; each rival's answers are compared with
+medians count, and of look-ups in memory the median of five rounds; each rival's answers are compared with
 ours before its time does.
 """
 
@@ -38,7 +38,7 @@ I64 = NDArray[np.int64]
 _STEPS_PER_PROMPT = 32
 _GATHER_BYTES = 256 << 20  # far beyond the processor's caches
 _MAX_MATRIX_BYTES = 6 << 30
-_NUM_ROUNDS = 3
+_NUM_ROUNDS = 5
 """Of look-ups in memory: the first one, right after the rows were loaded, is often slower than all others."""
 
 Way = Callable[[int], object]

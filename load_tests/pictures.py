@@ -77,7 +77,7 @@ def recycled_picture(result: dict[str, Any]) -> str:
 
 DRAWN = {
     "rivals.svg": (rivals_picture, "rivals-2026-11-26.json"),
-    "lookup.svg": (lookup_picture, "lookup-1m-2048-2026-11-26.json"),
+    "lookup.svg": (lookup_picture, "lookup-1m-2048-2026-11-27-lmdb.json"),
     "recycled.svg": (recycled_picture, "recycled-2026-11-26-bfloat16.json"),
 }
 """By file name of the picture, what draws it from which result."""
