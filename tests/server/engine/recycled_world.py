@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,19 @@ def answer(world: World, prompt: Sequence[int], **params: Any) -> Outcome:
     if recycler is not None:
         assert recycler.flush(60)
     return outcome
+
+
+def abort_after(num_rounds: int, world: World, prompt: Sequence[int]) -> None:
+    """Sends a prompt twice and aborts the first request, or both, after so many steps."""
+    for _ in range(2):
+        world.add(prompt, max_tokens=6)
+    for _ in range(num_rounds):
+        world.step()
+        time.sleep(0.0005)
+    world.core.abort(world.runs[0])
+    if num_rounds % 2:
+        world.core.abort(world.runs[1])
+    world.run()
 
 
 def facts(outcome: Outcome) -> list[Any]:

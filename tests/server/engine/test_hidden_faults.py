@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -14,7 +13,15 @@ from scone.cache.recycled_record import state_key
 from .conftest import hidden_form, num_slots_in_use, random_prompt
 from .dict_table import DictTable
 from .hidden_world import KV_BYTES, blocks_on_disk
-from .recycled_world import BLOCK_SIZE, MakeWorld, answer, counted, facts, preempted_while_restoring
+from .recycled_world import (
+    BLOCK_SIZE,
+    MakeWorld,
+    abort_after,
+    answer,
+    counted,
+    facts,
+    preempted_while_restoring,
+)
 from .restarts import RAM_BYTES, Restarts, SlowStore
 
 
@@ -97,15 +104,7 @@ def test_cancelled_at_any_moment(
     restarts.remove()
     answer(make_hidden_world(dict_table, store=restarts.open()), prompt[:50])
     world = make_hidden_world(dict_table, store=restarts.open(0), max_num_batched_tokens=10)
-    for _ in range(2):
-        world.add(prompt, max_tokens=6)
-    for _ in range(num_rounds):
-        world.step()
-        time.sleep(0.0005)
-    world.core.abort(world.runs[0])
-    if num_rounds % 2:
-        world.core.abort(world.runs[1])
-    world.run()
+    abort_after(num_rounds, world, prompt)
     assert num_slots_in_use(world) == 0
     assert facts(answer(world, prompt)) == cold
 

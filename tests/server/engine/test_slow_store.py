@@ -13,7 +13,15 @@ from scone.server.engine.scheduler import Status
 
 from .conftest import World, num_landings, random_prompt
 from .dict_table import DictTable
-from .recycled_world import BLOCK_BYTES, MakeWorld, answer, counted, facts, preempted_while_restoring
+from .recycled_world import (
+    BLOCK_BYTES,
+    MakeWorld,
+    abort_after,
+    answer,
+    counted,
+    facts,
+    preempted_while_restoring,
+)
 from .restarts import Restarts, SlowStore
 
 
@@ -123,15 +131,7 @@ def test_cancelled_at_any_moment(
     prompt = random_prompt(13, 100)
     cold = facts(answer(make_world(dict_table, store=restarts.open()), prompt))
     world = make_world(dict_table, store=restarts.open(0), max_num_batched_tokens=16)
-    for _ in range(2):
-        world.add(prompt, max_tokens=6)
-    for _ in range(num_rounds):
-        world.step()
-        time.sleep(0.0005)
-    world.core.abort(world.runs[0])
-    if num_rounds % 2:
-        world.core.abort(world.runs[1])
-    world.run()
+    abort_after(num_rounds, world, prompt)
     assert facts(answer(world, prompt)) == cold
 
 
