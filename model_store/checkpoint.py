@@ -6,6 +6,8 @@ and hash by reference. `scone.json`:
 
     {"format": 1, "main": {"path": "main", "hash": "<sha256>"},
      "fgram_model": {"num_layers": 2, "max_n": 4, "last_token_only": false}}
+
+An f-gram model with residuals (fgram_residuals.py) has them in the same file, in tensors of their own.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from scone.model_store.decoder import Decoder
 from scone.model_store.errors import CheckpointError
 from scone.model_store.fgram_model import FGramModel
+from scone.model_store.fgram_residuals import FGramResiduals
 from scone.model_store.gguf_file import GGUFFile
 from scone.model_store.hf_folder import HFFolder
 from scone.model_store.kronecker import KroneckerEmbedding, bytes_of_tokens, log_audit
@@ -34,6 +37,7 @@ from scone.model_store.tokenizer import Tokenizer
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scone.json", "fgram_model.safetensors"
+_RESIDUALS = "residuals."
 
 
 class MainModel(Protocol):
@@ -117,11 +121,17 @@ class SconeFolder:
 
     def fgram_model(self, decoder: Decoder) -> FGramModel:
         """The f-gram model in float32, ready to embed, where the decoder is."""
-        model = FGramModel(decoder, **self._shape)
         try:
-            state = {name: tensor.float() for name, tensor in load_file(self.path / WEIGHTS).items()}
-            model.load_state_dict(state)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            state = load_file(self.path / WEIGHTS)
+            residuals = {
+                name.removeprefix(_RESIDUALS): state.pop(name)
+                for name in tuple(state)
+                if name.startswith(_RESIDUALS)
+            }
+            model = FGramModel(decoder, **self._shape)
+            model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+            model.residuals = FGramResiduals(**residuals) if residuals else None
+        except (OSError, SafetensorError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit its description: {error}") from None
         return model.requires_grad_(False).eval().to(decoder.device)
 
@@ -162,7 +172,10 @@ def save_scone_folder(
 ) -> None:
     """Writes a SCONE folder that refers to the main model by path relative to the folder."""
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     partial = path / (WEIGHTS + ".partial")
     save_file(weights, partial)
     partial.replace(path / WEIGHTS)

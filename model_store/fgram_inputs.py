@@ -29,12 +29,17 @@ class MatchedBatch:
         fgrams: token ids (m, n) int64, one tensor for each length that occurs.
         places: (num_matched,) int64, indices into the flattened batch.
         rows: (num_matched,) int64, which of all `fgrams`, one tensor after the other, ends there.
+        residual_ids: (num_residuals,) int64, distinct; what FGramResiduals.gather takes.
+        residual_rows: (num_fgrams,) int64, which of those belongs to each of `fgrams`, counted from 1;
+            0 for none. Empty, like `residual_ids`, where the model has no residuals.
     """
 
     input_ids: Tensor
     fgrams: tuple[Tensor, ...]
     places: Tensor
     rows: Tensor
+    residual_ids: Tensor
+    residual_rows: Tensor
 
     @property
     def match_rate(self) -> float:
@@ -48,7 +53,8 @@ class MatchedBatch:
             return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
         fgrams = tuple(moved(part) for part in self.fgrams)
-        return MatchedBatch(moved(self.input_ids), fgrams, moved(self.places), moved(self.rows))
+        others = (self.places, self.rows, self.residual_ids, self.residual_rows)
+        return MatchedBatch(moved(self.input_ids), fgrams, *map(moved, others))
 
 
 class FGramInputs:
@@ -58,6 +64,9 @@ class FGramInputs:
         self._model = model
         self._fgrams = fgrams
         self._matcher = SetMatcher(fgrams)
+        self._residual_ids: NDArray[np.int64] | None = None
+        if model.residuals is not None:
+            self._residual_ids = model.residuals.find(fgrams.tokens, fgrams.lengths)
 
     def match(self, input_ids: NDArray[np.integer]) -> MatchedBatch:
         """The f-grams of sequences (batch, seq) that know nothing of each other, on the CPU."""
@@ -77,7 +86,19 @@ class FGramInputs:
             tuple(torch.from_numpy(part) for part in parts),
             torch.from_numpy(places),
             torch.from_numpy(rank_of[inverse]),
+            *self._residuals_of(distinct[by_length]),
         )
+
+    def _residuals_of(self, row_ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """`residual_ids` and `residual_rows` of a batch with these f-grams."""
+        if self._residual_ids is None:
+            none = torch.empty(0, dtype=torch.int64)
+            return none, none
+        of_fgrams = self._residual_ids[row_ids]
+        distinct, inverse = np.unique(of_fgrams[of_fgrams >= 0], return_inverse=True)
+        rows = np.zeros(len(row_ids), np.int64)
+        rows[of_fgrams >= 0] = inverse + 1
+        return torch.from_numpy(distinct), torch.from_numpy(rows)
 
     def embedding_of(self, decoder: Decoder) -> Callable[[NDArray[np.int32]], Tensor]:
         """`match` and `embed` of one sequence (seq,) at a time: (seq, dim)."""
@@ -87,11 +108,26 @@ class FGramInputs:
 
         return embed
 
-    def embed(self, decoder: Decoder, batch: MatchedBatch) -> Tensor:
-        """Embeddings (batch, seq, dim), where the decoder is; differentiable in the model's weights."""
+    def gather_residuals(self, batch: MatchedBatch) -> Tensor | None:
+        """Residuals (num_residuals, dim) of the batch's f-grams, for `embed`; None if the model has none."""
+        if self._model.residuals is None:
+            return None
+        return self._model.residuals.gather(batch.residual_ids)
+
+    def embed(self, decoder: Decoder, batch: MatchedBatch, residuals: Tensor | None = None) -> Tensor:
+        """Embeddings (batch, seq, dim), where the decoder is; differentiable in weights and residuals.
+
+        Who wants the gradient of the batch's residuals has gathered them before and gives them.
+        """
+        if residuals is None:
+            residuals = self.gather_residuals(batch)
         embeddings = decoder.embed(batch.input_ids)
         if not batch.fgrams:
             return embeddings
-        rows = torch.cat([self._model(part) for part in batch.fgrams])[batch.rows]
-        flat = embeddings.flatten(0, 1).index_copy(0, batch.places, rows.to(embeddings.dtype))
+        rows = torch.cat([self._model(part) for part in batch.fgrams])
+        if residuals is not None:
+            none = residuals.new_zeros(1, residuals.shape[1])
+            rows = rows + torch.cat((none, residuals))[batch.residual_rows]
+        flat = embeddings.flatten(0, 1)
+        flat = flat.index_copy(0, batch.places, rows[batch.rows].to(embeddings.dtype))
         return flat.view_as(embeddings)

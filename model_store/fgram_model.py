@@ -5,6 +5,7 @@ which it shares; own absolute positions; the output is taken at the last token.
 
 Here the output is added to the last token's own embedding through a projection that starts at zero, so
 that an untrained f-gram model is exactly the token embedding and a pretrained main model starts unharmed.
+F-grams may have residuals beside it (fgram_residuals.py), which are then part of their rows.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scone.model_store.decoder import Block, Decoder, RMSNorm
+from scone.model_store.fgram_residuals import FGramResiduals
 from scone.model_store.initialize import draw_weights
 
 # Rows are embedded in blocks of exactly this many f-grams of one length, padded if need be: matrix
@@ -48,7 +51,13 @@ class FGramModel(nn.Module):
     """
 
     def __init__(
-        self, decoder: Decoder, num_layers: int, max_n: int, *, last_token_only: bool = False
+        self,
+        decoder: Decoder,
+        num_layers: int,
+        max_n: int,
+        *,
+        last_token_only: bool = False,
+        residuals: FGramResiduals | None = None,
     ) -> None:
         """`last_token_only` makes the control that sees no n-gram, only the token it replaces."""
         super().__init__()
@@ -61,13 +70,20 @@ class FGramModel(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.dim, bias=False)
         nn.init.zeros_(self.output.weight)
+        self.residuals = residuals
 
     @classmethod
     def from_decoder(
-        cls, decoder: Decoder, num_layers: int, max_n: int, *, last_token_only: bool = False
+        cls,
+        decoder: Decoder,
+        num_layers: int,
+        max_n: int,
+        *,
+        last_token_only: bool = False,
+        residuals: FGramResiduals | None = None,
     ) -> FGramModel:
         """An f-gram model that starts from the decoder's first layers and is the identity."""
-        model = cls(decoder, num_layers, max_n, last_token_only=last_token_only)
+        model = cls(decoder, num_layers, max_n, last_token_only=last_token_only, residuals=residuals)
         draw_weights(model.layers, num_layers)  # of those beyond the decoder's
         for own, theirs in zip(model.layers, decoder.layers, strict=False):
             own.load_state_dict(copy.deepcopy(theirs.state_dict()))
@@ -80,7 +96,7 @@ class FGramModel(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Rows (num_fgrams, dim) float32 of token_ids (num_fgrams, n) int64, all of one length n.
 
-        Differentiable.
+        Without their residuals. Differentiable.
         """
         if self.last_token_only:
             token_ids = token_ids[:, -1:]
@@ -107,6 +123,10 @@ class FGramModel(nn.Module):
                 block = torch.zeros(EMBED_BLOCK_ROWS, n, dtype=torch.int64)
                 block[: len(selected)] = token_ids[selected, :n]
                 rows[selected] = self(block.to(device))[: len(selected)].cpu()
+        if self.residuals is not None:
+            ids = self.residuals.find(token_ids.numpy().astype(np.int32), lengths.numpy().astype(np.uint8))
+            found = torch.from_numpy(ids >= 0)
+            rows[found] += self.residuals.gather(torch.from_numpy(ids)[found].to(device)).cpu()
         return rows
 
     def _by_length(self, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:

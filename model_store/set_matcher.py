@@ -48,3 +48,11 @@ class SetMatcher:
         batch, seq_len = sequences.shape
         starts = np.arange(batch + 1, dtype=np.int64) * seq_len
         return self._matcher.match(sequences.reshape(-1), starts)[0].reshape(batch, seq_len)
+
+    def find(self, tokens: NDArray[np.int32], lengths: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Ranks (m,) of f-grams, tokens (m, any) and lengths (m,) as in FGramSet; -1 if not in the set."""
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        present = np.arange(tokens.shape[1]) < lengths[:, None]
+        row_ids, matched_len = self._matcher.match(tokens[present], starts)
+        last = starts[1:] - 1  # where all of the f-gram matches, or less than it
+        return np.where(matched_len[last] == lengths, row_ids[last], -1)

@@ -9,6 +9,7 @@ The runs are study_runs.py's: finished ones stay, an interrupted one goes on. Fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class StudyConfig:
         thin_layers, deep_layers: layers of the two f-gram models, of the small model's width.
         num_tokens: training tokens of each run.
         fgram_learning_rate: of f-gram models: the main model has to follow where their rows move.
+        residual_learning_rate: of residuals beside them; as large as token embeddings are at the start.
         num_seeds: of the main rows; the others are trained once.
     """
 
@@ -62,6 +64,7 @@ class StudyConfig:
     seq_len: int = 192
     learning_rate: float = 1.5e-3
     fgram_learning_rate: float = 3e-4
+    residual_learning_rate: float = 0.02
     precision: str = "float32"
     heldout_tokens: int = 49_152
     num_seeds: int = 3
@@ -73,6 +76,7 @@ class Arm:
 
     Attributes:
         num_fgrams, fgram_layers: 0 without an f-gram model.
+        has_residuals: f-grams have residuals beside it.
         embedding: `dense` or `kronecker`, each beside a head of its own.
         is_main: trained with every seed.
     """
@@ -82,6 +86,7 @@ class Arm:
     num_layers: int
     num_fgrams: int = 0
     fgram_layers: int = 0
+    has_residuals: bool = False
     last_token_only: bool = False
     embedding: str = "dense"
     is_main: bool = False
@@ -93,36 +98,51 @@ def arms_of(config: StudyConfig) -> list[Arm]:
     best = replace(
         base, name="S-large-set-deep", num_fgrams=config.large_set, fgram_layers=config.deep_layers
     )
+    thin = replace(best, name="S-large-set-thin", fgram_layers=config.thin_layers)
     return [
         base,
         best,
         replace(best, name="S-control", last_token_only=True),
         replace(base, name="M", dim=config.large_dim, num_layers=config.large_layers),
-        replace(best, name="S-large-set-thin", fgram_layers=config.thin_layers),
+        thin,
+        replace(thin, name="S-large-set-residuals", has_residuals=True),
+        replace(thin, name="S-control-residuals", has_residuals=True, last_token_only=True),
         replace(best, name="S-small-set-deep", num_fgrams=config.small_set, is_main=False),
+        replace(thin, name="S-small-set-thin", num_fgrams=config.small_set, is_main=False),
         replace(
-            best,
-            name="S-small-set-thin",
+            thin,
+            name="S-small-set-residuals",
             num_fgrams=config.small_set,
-            fgram_layers=config.thin_layers,
+            has_residuals=True,
             is_main=False,
         ),
         replace(base, name="S-kronecker", embedding="kronecker", is_main=False),
     ]
 
 
+ROWS = tuple(arm.name for arm in arms_of(StudyConfig()))
+
+
 class Study:
     """The grid over one corpus, in one folder."""
 
     def __init__(
-        self, config: StudyConfig, corpus: list[str], heldout: list[str], out: Path, device: torch.device
+        self,
+        config: StudyConfig,
+        corpus: list[str],
+        heldout: list[str],
+        out: Path,
+        device: torch.device,
+        rows: Sequence[str] = ROWS,
     ) -> None:
         """Trains the tokenizer, tokenises and counts, unless an earlier call did.
+
+        `rows` names the arms that are wanted.
 
         Raises:
             CorpusError: the texts cannot be read, or are too short.
         """
-        self.config, self.out, self.device = config, out, device
+        self.config, self.out, self.device, self._rows = config, out, device, rows
         out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = _tokenizer(config.vocab_size, corpus, out / "tokenizer.json")
         tokens = tokenize_files(corpus, self.tokenizer, out / "corpus")
@@ -145,7 +165,7 @@ class Study:
             self._run(arm, seed)
             for seed in range(self.config.num_seeds)
             for arm in arms_of(self.config)
-            if seed == 0 or arm.is_main
+            if arm.name in self._rows and (seed == 0 or arm.is_main)
         ]
 
     def keep(self, run: StudyRun, decoder: Decoder, model: FGramModel | None) -> None:
@@ -193,6 +213,7 @@ class Study:
             main_learning_rate=config.learning_rate,
             learning_rate=config.fgram_learning_rate,
             output_learning_rate=config.fgram_learning_rate,
+            residual_learning_rate=config.residual_learning_rate if arm.has_residuals else 0.0,
             schedule="cosine",
             precision=config.precision,
             warmup_steps=max(1, steps // 20),

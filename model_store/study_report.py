@@ -187,6 +187,9 @@ def _findings(results: dict[str, ArmResult]) -> list[str]:
     compare("S-large-set-deep", "S-small-set-deep", "A larger set against a smaller one, deep f-gram model")
     compare("S-large-set-thin", "S-small-set-thin", "A larger set against a smaller one, thin f-gram model")
     compare("S-large-set-deep", "S-large-set-thin", "A deeper f-gram model against a thinner one, large set")
+    compare("S-large-set-residuals", "S-large-set-thin", "Residuals beside the thin f-gram model, large set")
+    compare("S-large-set-residuals", "M", "With them against M")
+    compare("S-large-set-residuals", "S-control-residuals", "With them against a control that has them too")
     # where S shares its embedding with its head, a row of its own has a dense one beside it
     dense = "S-untied" if "S-untied" in results else "S"
     compare("S-kronecker", dense, "Kronecker embeddings against a dense table")
@@ -199,14 +202,15 @@ def _findings(results: dict[str, ArmResult]) -> list[str]:
 def _trend(results: dict[str, ArmResult]) -> str | None:
     """Perplexity over set size, a line for each depth of the f-gram model; None without both sizes."""
     curves = {}
-    for depth in ("thin", "deep"):
+    for depth in ("thin", "deep", "residuals"):
         points = [
             (float(results[arm].facts["arm"]["num_fgrams"]), math.exp(results[arm].loss))
             for arm in ("S", f"S-small-set-{depth}", f"S-large-set-{depth}")
             if arm in results
         ]
         if len(points) > 1:
-            curves[f"S, {depth} f-gram model"] = points
+            what = "thin f-gram model and residuals" if depth == "residuals" else f"{depth} f-gram model"
+            curves[f"S, {what}"] = points
     if not curves:
         return None
     most = max(x for points in curves.values() for x, _ in points)

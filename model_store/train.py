@@ -32,9 +32,11 @@ from scone.model_store.decoder import CausalAttention, Decoder
 from scone.model_store.errors import CheckpointError
 from scone.model_store.fgram_inputs import FGramInputs, MatchedBatch
 from scone.model_store.fgram_model import FGramModel
+from scone.model_store.fgram_residuals import FGramResiduals
 from scone.model_store.fgram_set import FGramSet
 from scone.model_store.head_loss import head_loss, token_losses
 from scone.model_store.lora import add_lora, merge_lora
+from scone.model_store.row_adagrad import RowAdagrad
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.train_config import TrainConfig
 from scone.model_store.training_curve import CurvePoint, append_point, draw_run
@@ -82,6 +84,8 @@ def train(
         if run.losses:
             run.save()
     draw_run(out)
+    if run.model is not None and run.model.residuals is not None:
+        run.model.residuals = run.model.residuals.trained()
     if config.lora_rank:
         merge_lora(decoder)
     decoder.requires_grad_(False).eval()
@@ -109,7 +113,11 @@ class _Run:
             torch.manual_seed(config.seed)  # of layers beyond those of the main model, and of adaptations
             if fgrams is not None:
                 self.model = FGramModel.from_decoder(
-                    decoder, config.num_layers, fgrams.max_n, last_token_only=config.last_token_only
+                    decoder,
+                    config.num_layers,
+                    fgrams.max_n,
+                    last_token_only=config.last_token_only,
+                    residuals=_new_residuals(config, decoder, fgrams),
                 ).to(self.device)
                 self.inputs = FGramInputs(fgrams, self.model)
             if config.lora_rank:
@@ -119,6 +127,9 @@ class _Run:
         groups = _parameter_groups(config, self._trained())
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, fused=self.device.type != "cpu")
+        self.row_optimizer: RowAdagrad | None = None
+        if self.model is not None and self.model.residuals is not None:
+            self.row_optimizer = RowAdagrad(self.model.residuals.values, config.residual_learning_rate)
         self.step, self.seconds, self.losses, self.match_rate = 0, 0.0, list[Tensor](), math.nan
         self._load()
         self._resumed = time.monotonic()
@@ -152,22 +163,26 @@ class _Run:
         scale = self.config.learning_rate_scale(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * scale
+        residuals = None if self.inputs is None else self.inputs.gather_residuals(batch.inputs)
         with self._autocast():
-            loss = head_loss(self._hidden(batch.inputs), self.decoder.lm_head.weight, batch.targets)
+            hidden = self._hidden(batch.inputs, residuals)
+            loss = head_loss(hidden, self.decoder.lm_head.weight, batch.targets)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_gradient_norm)
         self.optimizer.step()
+        if self.row_optimizer and residuals is not None and residuals.grad is not None:
+            self.row_optimizer.step(batch.inputs.residual_ids, residuals.grad, scale)
         self.step += 1
         self.losses.append(loss.detach())
         self.match_rate = batch.inputs.match_rate
 
-    def _hidden(self, inputs: MatchedBatch) -> Tensor:
+    def _hidden(self, inputs: MatchedBatch, residuals: Tensor | None = None) -> Tensor:
         """(batch * seq, dim)."""
         if self.inputs is None:
             embeddings = self.decoder.embed(inputs.input_ids)
         else:
-            embeddings = self.inputs.embed(self.decoder, inputs)
+            embeddings = self.inputs.embed(self.decoder, inputs, residuals)
         positions = torch.arange(inputs.input_ids.shape[1], device=self.device)
         hidden: Tensor = self.decoder(embeddings, positions.expand(inputs.input_ids.shape), CausalAttention())
         return hidden.flatten(0, 1)
@@ -183,7 +198,8 @@ class _Run:
         for start in range(0, len(windows), self.config.batch_size):
             batch = self._batch(windows[start : start + self.config.batch_size])
             with self._autocast():
-                losses = token_losses(self._hidden(batch.inputs), self.decoder.lm_head.weight, batch.targets)
+                hidden = self._hidden(batch.inputs)
+                losses = token_losses(hidden, self.decoder.lm_head.weight, batch.targets)
             total += losses.sum(dtype=torch.float64)
         return float(total) / (len(windows) * self.config.seq_len)
 
@@ -228,6 +244,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
         }
         state |= {name: part.state_dict() for name, part in self._trained().items()}
+        if self.row_optimizer is not None:
+            state["row_optimizer"] = self.row_optimizer.state_dict()
         partial = self.out / (STATE + ".partial")
         torch.save(state, partial)
         partial.replace(self.out / STATE)
@@ -248,7 +266,19 @@ class _Run:
         for name, part in self._trained().items():
             part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.row_optimizer is not None:
+            self.row_optimizer.load_state_dict(state["row_optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _new_residuals(config: TrainConfig, decoder: Decoder, fgrams: FGramSet) -> FGramResiduals | None:
+    """Zeros where residuals are to be trained: of each f-gram, or of what the control sees of it."""
+    if not config.residual_learning_rate:
+        return None
+    dim, vocab_size = decoder.config.dim, decoder.config.vocab_size
+    if config.last_token_only:
+        return FGramResiduals.of_last_tokens(vocab_size, dim)
+    return FGramResiduals.of_fgrams(fgrams, dim)
 
 
 def _compile(decoder: Decoder, model: FGramModel | None) -> None:
@@ -261,7 +291,7 @@ def _compile(decoder: Decoder, model: FGramModel | None) -> None:
 def _unmatched(input_ids: NDArray[np.int32]) -> MatchedBatch:
     """A batch for a model without f-grams."""
     none = torch.empty(0, dtype=torch.int64)
-    return MatchedBatch(torch.from_numpy(input_ids.astype(np.int64)), (), none, none)
+    return MatchedBatch(torch.from_numpy(input_ids.astype(np.int64)), (), none, none, none, none)
 
 
 def _parameter_groups(config: TrainConfig, trained: dict[str, nn.Module]) -> list[dict[str, Any]]:

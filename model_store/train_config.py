@@ -18,6 +18,8 @@ class TrainConfig:
         main_learning_rate: peak rate of the main model, its token embedding and its head.
         output_learning_rate: of the f-gram model's output projection, which starts at zero; the rest of it
             uses learning_rate.
+        residual_learning_rate: of residuals beside the f-gram model (fgram_residuals.py, row_adagrad.py), as
+            large as token embeddings are in root-mean-square; 0 for none.
         warmup_steps: linear warm-up; then to zero at `steps`, along a line or half a cosine.
         weight_decay: of matrices, not of norms and embeddings.
         save_every: steps between held-out evaluations and saved states.
@@ -33,6 +35,7 @@ class TrainConfig:
     main_learning_rate: float = 1e-3
     learning_rate: float = 2e-4
     output_learning_rate: float = 4e-4
+    residual_learning_rate: float = 0.0
     schedule: str = "linear"
     warmup_steps: int = 20
     weight_decay: float = 0.0

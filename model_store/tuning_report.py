@@ -18,6 +18,9 @@ from scone.model_store.study_report import (
 _QUESTIONS = (
     ("fgrams", "base", "F-grams on the frozen model against the model alone"),
     ("fgrams", "control", "The same against the control, which sees no n-gram"),
+    ("fgrams-residuals", "control", "With residuals, against the control"),
+    ("fgrams-residuals", "control-residuals", "The same against a control with residuals of its tokens"),
+    ("fgrams-residuals", "fgrams", "With residuals against without"),
     ("fgrams", "fgrams-small-set", "The whole set against the small one"),
     ("fgrams-deep", "fgrams", "A deeper f-gram model against the other"),
     ("fgrams", "fgrams-thin", "The f-gram model against a thinner one"),

@@ -1,7 +1,8 @@
 """What f-grams do for a pretrained model, and how much of it is the n-grams.
 
-At equal training tokens: an f-gram model on the frozen main model, by set size and depth; the control whose
-f-gram model sees only the last token of each f-gram, which is a tuned token embedding; low-rank adaptations;
+At equal training tokens: an f-gram model on the frozen main model, by set size and depth, and with residuals
+beside it; the control whose f-gram model sees only the last token of each f-gram, which is a tuned token
+embedding; low-rank adaptations;
 and the main model trained as a whole, alone, with f-grams and with the control.
 Source: SCONE, arXiv 2502.01637; LoRA, arXiv 2106.09685. The runs are study_runs.py's.
 """
@@ -36,6 +37,7 @@ class TuningConfig:
         thin_layers, num_layers, deep_layers: of the f-gram model, and of a thinner and a deeper one.
         learning_rate: peak rate of the f-gram model; its output projection takes twice as much.
         main_learning_rate: of the main model where it is trained as a whole.
+        residual_learning_rate: of residuals beside the f-gram model.
         lora_learning_rate: of low-rank adaptations.
         num_seeds: of the rows that the claim rests on; the others are trained once.
     """
@@ -50,6 +52,7 @@ class TuningConfig:
     seq_len: int = 256
     learning_rate: float = 5e-4
     main_learning_rate: float = 2e-4
+    residual_learning_rate: float = 0.05
     lora_learning_rate: float = 1e-3
     precision: str = "float32"
     heldout_tokens: int = 65_536
@@ -63,12 +66,14 @@ class TuningArm:
     Attributes:
         fgram_layers: 0 without an f-gram model.
         has_small_set: not the whole set.
+        has_residuals: each f-gram, or each last token in the control, has a residual beside the f-gram model.
         is_main: trained with every seed.
     """
 
     name: str
     fgram_layers: int = 0
     has_small_set: bool = False
+    has_residuals: bool = False
     last_token_only: bool = False
     lora_rank: int = 0
     trains_main: bool = False
@@ -81,6 +86,14 @@ def arms_of(config: TuningConfig) -> list[TuningArm]:
     return [
         TuningArm(name="fgrams", fgram_layers=layers, is_main=True),
         TuningArm(name="control", fgram_layers=layers, last_token_only=True, is_main=True),
+        TuningArm(name="fgrams-residuals", fgram_layers=layers, has_residuals=True, is_main=True),
+        TuningArm(
+            name="control-residuals",
+            fgram_layers=layers,
+            has_residuals=True,
+            last_token_only=True,
+            is_main=True,
+        ),
         TuningArm(name="lora", lora_rank=config.lora_rank),
         TuningArm(name="base"),
         TuningArm(name="main-fgrams", fgram_layers=layers, trains_main=True),
@@ -165,6 +178,7 @@ class TuningStudy:
             main_learning_rate=config.lora_learning_rate if arm.lora_rank else config.main_learning_rate,
             learning_rate=config.learning_rate,
             output_learning_rate=2 * config.learning_rate,
+            residual_learning_rate=config.residual_learning_rate if arm.has_residuals else 0.0,
             schedule="cosine",
             warmup_steps=max(1, steps // 20),
             num_layers=max(1, arm.fgram_layers),

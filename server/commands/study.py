@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scone.model_store.study import Study, StudyConfig
+from scone.model_store.study import ROWS, Study, StudyConfig
 from scone.model_store.study_report import write_report
 from scone.model_store.study_runs import RunSource, train_all
 from scone.model_store.train_config import PRECISIONS
@@ -34,6 +34,7 @@ HELPS = {
     "seq_len": "tokens per sequence",
     "learning_rate": "peak learning rate of main models",
     "fgram_learning_rate": "that of f-gram models, whose rows the main model has to follow",
+    "residual_learning_rate": "that of residuals beside them",
     "precision": "of matrix products while training",
     "heldout_tokens": "held-out tokens per evaluation on the way; the last is over all",
     "num_seeds": "seeds of the main rows",
@@ -43,7 +44,8 @@ HELPS = {
 def run(settings: Resolved) -> int:
     config = StudyConfig(**{f.name: settings.values[f.name] for f in fields(StudyConfig)})
     device = model_device(settings.device)
-    study = partial(Study, config, settings.corpus, settings.heldout, settings.out, device)
+    rows = settings.rows or ROWS
+    study = partial(Study, config, settings.corpus, settings.heldout, settings.out, device, rows)
     return train_and_report(settings, study, write_report)
 
 
@@ -60,8 +62,8 @@ def train_and_report(
     return 0
 
 
-def study_settings(out: str, document: str) -> tuple[Setting, ...]:
-    """What every study takes, by its default folder and page."""
+def study_settings(out: str, document: str, rows: tuple[str, ...]) -> tuple[Setting, ...]:
+    """What every study takes, by its default folder and page, and the rows that it has."""
     page = Path(document)
     return (
         Setting(name="corpus", help="training text: files, folders, globs", many=True, required=True),
@@ -73,6 +75,7 @@ def study_settings(out: str, document: str) -> tuple[Setting, ...]:
         Setting(name="document", kind=Path, default=page, help="the page, above that folder"),
         DEVICE,
         Setting(name="num_workers", kind=int, default=1, help="runs at a time, each in a process of its own"),
+        Setting(name="rows", help="rows of the page to train (default: all)", many=True, choices=rows),
     )
 
 
@@ -94,7 +97,7 @@ COMMAND = Command(
     name="study",
     help="train small models with and without f-grams from scratch and compare them; resumes if interrupted",
     settings=(
-        *study_settings("data/study", "docs/quality/from-scratch.md"),
+        *study_settings("data/study", "docs/quality/from-scratch.md", ROWS),
         *config_settings(StudyConfig(), HELPS),
     ),
     run=run,

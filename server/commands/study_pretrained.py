@@ -22,6 +22,7 @@ HELPS = {
     "seq_len": "tokens per sequence",
     "learning_rate": "peak rate of the f-gram model; its output takes twice as much",
     "main_learning_rate": "peak rate of the main model where it is trained",
+    "residual_learning_rate": "of residuals beside the f-gram model",
     "lora_learning_rate": "peak rate of the adaptations",
     "precision": "of matrix products while training",
     "heldout_tokens": "held-out tokens per evaluation on the way; the last is over all",
@@ -51,8 +52,7 @@ COMMAND = Command(
     settings=(
         Setting(name="model", help="the pretrained model: GGUF file or folder", required=True),
         Setting(name="fgrams", help="f-gram set from `scone count`", required=True),
-        *study_settings("data/study-pretrained", "docs/quality/pretrained.md"),
-        Setting(name="rows", help="rows of the page to train (default: all)", many=True, choices=ROWS),
+        *study_settings("data/study-pretrained", "docs/quality/pretrained.md", ROWS),
         *config_settings(TuningConfig(), HELPS),
     ),
     run=run,

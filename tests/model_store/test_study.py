@@ -11,7 +11,7 @@ import pytest
 
 from scone.model_store.errors import CheckpointError
 from scone.model_store.study import StudyConfig, arms_of
-from scone.model_store.study_report import read_logs, write_report
+from scone.model_store.study_report import LoggedRun, read_logs, write_report
 from scone.model_store.training_curve import read_curve
 from scone.server.cli import main
 
@@ -37,7 +37,7 @@ def test_the_default_sizes_are_those_that_were_asked_for() -> None:
     heads = [config.vocab_size * dim for dim in (config.small_dim, config.large_dim)]
     assert 2 <= (large + heads[1]) / (small + heads[0]) < 2.5
     arms = arms_of(config)
-    assert len({arm.name for arm in arms}) == len(arms) == 8
+    assert len({arm.name for arm in arms}) == len(arms) == 11
     assert {(arm.num_fgrams, arm.fgram_layers) for arm in arms if arm.num_fgrams} == {
         (size, layers)
         for size in (config.small_set, config.large_set)
@@ -50,6 +50,8 @@ def test_the_default_sizes_are_those_that_were_asked_for() -> None:
         "S-control",
         "M",
         "S-large-set-thin",
+        "S-large-set-residuals",
+        "S-control-residuals",
     ]
 
 
@@ -70,9 +72,8 @@ def test_every_row_is_trained_and_reported(study: tuple[Path, list[str]]) -> Non
     folder, _ = study
     logs = folder / "docs/quality"
     names = {path.name for path in logs.iterdir() if path.is_dir()}
-    assert names == {f"{arm.name}-0" for arm in arms_of(StudyConfig())} | {
-        f"{name}-1" for name in ("S", "S-large-set-deep", "S-large-set-thin", "S-control", "M")
-    }
+    arms = arms_of(StudyConfig())
+    assert names == {f"{arm.name}-0" for arm in arms} | {f"{arm.name}-1" for arm in arms if arm.is_main}
     text = (folder / "docs/quality.md").read_text()
     runs = {run.name: run for run in read_logs(logs)}
     base = (runs["S-0"].loss + runs["S-1"].loss) / 2
@@ -91,6 +92,15 @@ def test_every_row_is_trained_and_reported(study: tuple[Path, list[str]]) -> Non
     assert control["inference_parameters"] == runs["S-0"].facts["inference_parameters"]
     assert runs["M-0"].facts["inference_parameters"] > 1.5 * control["inference_parameters"]
     assert runs["S-0"].facts["fgram_model_parameters"] == 0
+    assert [name for name, run in runs.items() if run.facts["train"]["residual_learning_rate"]] == sorted(
+        name for name in names if "residuals" in name
+    )
+    ratio = math.exp(_mean(runs, "S-large-set-residuals") - _mean(runs, "S-large-set-thin"))
+    assert f"Residuals beside the thin f-gram model, large set: perplexity {ratio:.3f} times" in text
+
+
+def _mean(runs: dict[str, LoggedRun], arm: str) -> float:
+    return (runs[f"{arm}-0"].loss + runs[f"{arm}-1"].loss) / 2
 
 
 def test_what_is_finished_stays_and_what_is_lost_is_trained_to_the_same(

@@ -56,6 +56,8 @@ def test_every_row_is_trained_and_reported(study: Path) -> None:
     assert f"| base | 0 | 0 | {base:.4f} | {math.exp(base):.2f} | 1.000 | [0](tuned/base-0) |" in text
     assert (study / "docs/tuned/curves.svg").read_text().startswith("<svg")
     assert runs["fgrams-small-set-0"].facts["arm"]["num_fgrams"] == 20
+    ratio = math.exp(runs["fgrams-residuals-0"].loss - runs["control-residuals-0"].loss)
+    assert f"a control with residuals of its tokens: perplexity {ratio:.3f} times." in text
     assert not runs["lora-0"].facts["fgram_model_parameters"]
 
 
@@ -63,6 +65,10 @@ def test_what_was_trained_on_the_frozen_model_is_kept_and_can_be_built(study: Pa
     trained = open_checkpoint(study / "work/runs/fgrams-0")
     assert trained.model_hash == open_checkpoint(main_path).model_hash
     assert trained.fgram_model(trained.decoder()) is not None
+    with_residuals = open_checkpoint(study / "work/runs/fgrams-residuals-0")
+    model = with_residuals.fgram_model(with_residuals.decoder())
+    assert model is not None
+    assert model.residuals is not None
     assert not (study / "work/runs/main-fgrams-0/scone.json").exists()
 
 
@@ -80,4 +86,4 @@ def test_rows_may_be_chosen(main_path: Path, tmp_path: Path, study: Path) -> Non
         return [run.name for run in opened.runs()]
 
     assert names(("base", "control")) == ["control-0", "base-0", "control-1"]
-    assert len(names(ROWS)) == len(ROWS) + 2
+    assert len(names(ROWS)) == len(ROWS) + sum(arm.is_main for arm in arms_of(TuningConfig()))
