@@ -75,7 +75,8 @@ class Arm:
     """One row of the study.
 
     Attributes:
-        num_fgrams, fgram_layers: 0 without an f-gram model.
+        num_fgrams: 0 without f-grams.
+        fgram_layers: of the f-gram model; 0 also for one that is no more than a linear map.
         has_residuals: f-grams have residuals beside it.
         embedding: `dense` or `kronecker`, each beside a head of its own.
         is_main: trained with every seed.
@@ -116,6 +117,7 @@ def arms_of(config: StudyConfig) -> list[Arm]:
             has_residuals=True,
             is_main=False,
         ),
+        replace(thin, name="S-large-set-residuals-alone", fgram_layers=0, has_residuals=True, is_main=False),
         replace(base, name="S-kronecker", embedding="kronecker", is_main=False),
     ]
 
@@ -218,7 +220,7 @@ class Study:
             precision=config.precision,
             warmup_steps=max(1, steps // 20),
             weight_decay=0.1,
-            num_layers=max(1, arm.fgram_layers),
+            num_layers=arm.fgram_layers,
             seed=seed,
             save_every=max(1, steps // _EVALUATIONS),
             heldout_tokens=config.heldout_tokens,

@@ -188,6 +188,7 @@ def _findings(results: dict[str, ArmResult]) -> list[str]:
     compare("S-large-set-thin", "S-small-set-thin", "A larger set against a smaller one, thin f-gram model")
     compare("S-large-set-deep", "S-large-set-thin", "A deeper f-gram model against a thinner one, large set")
     compare("S-large-set-residuals", "S-large-set-thin", "Residuals beside the thin f-gram model, large set")
+    compare("S-large-set-residuals", "S-large-set-residuals-alone", "The f-gram model beside residuals")
     compare("S-large-set-residuals", "M", "With them against M")
     compare("S-large-set-residuals", "S-control-residuals", "With them against a control that has them too")
     # where S shares its embedding with its head, a row of its own has a dense one beside it

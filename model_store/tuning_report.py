@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scone.model_store.study_report import (
     CURVES,
+    ArmResult,
     LoggedRun,
     draw_first_seed,
     finished_arms,
@@ -36,7 +37,7 @@ def write_tuning_report(logs: Path, document: Path, command: str) -> None:
     results = finished_arms(runs)
     (logs / CURVES).write_text(draw_first_seed(runs))
     place = logs.relative_to(document.parent).as_posix()
-    table = results_table(results, place, "base", "of the base")
+    table = results_table(results, place, "base", "of the base", more=[("residuals' rate", _residual_rate)])
     lines = [*_opening(runs, command), *table, "", f"![held-out loss]({place}/{CURVES})", ""]
     lines += [
         f"- {what}: perplexity {math.exp(results[ours].loss - results[theirs].loss):.3f} times."
@@ -45,6 +46,11 @@ def write_tuning_report(logs: Path, document: Path, command: str) -> None:
     ]
     lines += unfinished_lines(runs)
     document.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _residual_rate(result: ArmResult) -> str:
+    rate = result.facts["train"].get("residual_learning_rate")
+    return f"{rate:g}" if rate else ""
 
 
 def _opening(runs: list[LoggedRun], command: str) -> list[str]:

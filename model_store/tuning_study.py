@@ -52,7 +52,7 @@ class TuningConfig:
     seq_len: int = 256
     learning_rate: float = 5e-4
     main_learning_rate: float = 2e-4
-    residual_learning_rate: float = 0.05
+    residual_learning_rate: float = 0.005
     lora_learning_rate: float = 1e-3
     precision: str = "float32"
     heldout_tokens: int = 65_536

@@ -37,8 +37,8 @@ def test_the_default_sizes_are_those_that_were_asked_for() -> None:
     heads = [config.vocab_size * dim for dim in (config.small_dim, config.large_dim)]
     assert 2 <= (large + heads[1]) / (small + heads[0]) < 2.5
     arms = arms_of(config)
-    assert len({arm.name for arm in arms}) == len(arms) == 11
-    assert {(arm.num_fgrams, arm.fgram_layers) for arm in arms if arm.num_fgrams} == {
+    assert len({arm.name for arm in arms}) == len(arms) == 12
+    assert {(arm.num_fgrams, arm.fgram_layers) for arm in arms if arm.fgram_layers} == {
         (size, layers)
         for size in (config.small_set, config.large_set)
         for layers in (config.thin_layers, config.deep_layers)
