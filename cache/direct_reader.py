@@ -1,8 +1,7 @@
 """Reads rows past the kernel's page cache: O_DIRECT, many at a time, each page checked each time.
 
-The rows wanted become pages, the pages spans: without repetition, in file order, neighbours merged. A cold
-prompt is then one deep-queued read at the disk's own speed, and memory stays what the caller gave. Only for
-rows.bin: its pages lie where the checksums' pages lie.
+A cold prompt is one deep-queued read at the disk's own speed, and memory stays what the caller gave
+(kernels/row_reads.py plans it). Only for rows.bin: its pages lie where the checksums' pages lie.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from scone.cache.queued_rows import RowQueue
 from scone.cache.ram_rows import RamRows
 from scone.cache.stats import TableStats
 from scone.kernels.checksum import crc32c_pages
-from scone.kernels.disk_read import RowsOut, SpanReader, Spans, open_span_reader
+from scone.kernels.disk_read import RowsOut, SpanReader, open_span_reader
 from scone.kernels.gather import CHECK_BYTES, check_ids
+from scone.kernels.row_reads import RowReads, plan_row_reads
 from scone.model_store.table_files import TableFiles
 from scone.model_store.table_header import HEADER_BYTES
 
 _logger = logging.getLogger(__name__)
-
-_MAX_SPAN_PAGES = 32
-"""Longer runs of neighbours are cut, so that one of them does not hold up the rest of the queue."""
 
 
 class DirectReader:
@@ -55,22 +52,13 @@ class DirectReader:
 
     def read_into(self, row_ids: NDArray[np.int64], begin: int, end: int, out: Tensor) -> int:
         check_ids(row_ids, self._files.manifest.num_fgrams)
-        wanted = (row_ids >= begin) & (row_ids < end)
-        num_rows = int(np.count_nonzero(wanted))
+        plan = plan_row_reads(row_ids, begin, end, self._codec.row_bytes)
+        num_rows = len(plan.targets)
         if num_rows == 0:
             return 0
-        row_bytes = self._codec.row_bytes
-        first_byte = row_ids[wanted] * row_bytes
-        pages = _pages_of(first_byte // CHECK_BYTES, (first_byte + row_bytes - 1) // CHECK_BYTES)
-        buffer = self._take_buffer(len(pages) * CHECK_BYTES)
+        buffer = self._take_buffer(len(plan.pages) * CHECK_BYTES)
         try:
-            # the pages of one row are neighbours in the file, hence in the buffer
-            offsets = (
-                np.searchsorted(pages, first_byte // CHECK_BYTES) * CHECK_BYTES + first_byte % CHECK_BYTES
-            )
-            order = np.argsort(offsets, kind="stable")
-            rows = RowsOut(offsets[order], np.flatnonzero(wanted)[order], self._codec, out)
-            self._read_pages(pages, buffer, rows)
+            self._read(plan, buffer, RowsOut(plan.row_offsets, plan.targets, self._codec, out))
         finally:
             self._return_buffer(buffer)
         return num_rows
@@ -90,15 +78,13 @@ class DirectReader:
             os.close(self._fd)
             self._fd = -1
 
-    def _read_pages(self, pages: NDArray[np.int64], buffer: NDArray[np.uint8], rows: RowsOut) -> None:
-        """Reads pages of the row stream (sorted, distinct) back to back into `buffer`; checks them."""
-        starts = _span_starts(pages)
-        counts = np.diff(np.append(starts, len(pages)))
+    def _read(self, plan: RowReads, buffer: NDArray[np.uint8], rows: RowsOut) -> None:
+        """Reads what was planned into `buffer`, decodes the rows, checks the pages."""
+        pages = plan.pages
         sums = np.empty(len(pages), np.uint32)
         try:
-            offsets = pages[starts] * CHECK_BYTES + HEADER_BYTES
-            spans = Spans(offsets, counts * CHECK_BYTES, starts * CHECK_BYTES)
-            self._reader.read(spans, buffer, sums, rows)
+            in_file = plan.spans._replace(offsets=plan.spans.offsets + HEADER_BYTES)
+            self._reader.read(in_file, buffer, sums, rows)
         except OSError as error:
             raise RowReadError(f"cannot read {self._files.rows_path}: {error.strerror}") from None
         wrong = sums != self._files.page_sums[pages]
@@ -129,19 +115,6 @@ class DirectReader:
             self._buffers.sort(key=len)
             # one for each reading thread in the usual case; never more memory than the largest reads took
             del self._buffers[:-4]
-
-
-def _pages_of(first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The distinct pages of rows that reach from `first` to `last` each, sorted."""
-    widest = int((last - first).max())
-    return np.unique(np.concatenate([np.minimum(first + i, last) for i in range(widest + 1)]))
-
-
-def _span_starts(pages: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where in `pages` each run of neighbours begins, long runs cut."""
-    run_starts = np.append(0, np.flatnonzero(np.diff(pages) != 1) + 1)
-    within = np.arange(len(pages)) - np.repeat(run_starts, np.diff(np.append(run_starts, len(pages))))
-    return np.flatnonzero(within % _MAX_SPAN_PAGES == 0)
 
 
 def _open_direct(files: TableFiles) -> int:

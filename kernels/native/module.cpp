@@ -13,6 +13,7 @@ void register_look_up(nb::module_&);
 void register_match(nb::module_&);
 void register_ngram_count(nb::module_&);
 void register_read_queue(nb::module_&);
+void register_row_reads(nb::module_&);
 void register_state_read(nb::module_&);
 void register_token_draw(nb::module_&);
 }  // namespace scone
@@ -28,6 +29,7 @@ NB_MODULE(_native, m) {
     scone::register_look_up(m);
     scone::register_ngram_count(m);
     scone::register_read_queue(m);
+    scone::register_row_reads(m);
     scone::register_state_read(m);
     scone::register_token_draw(m);
 }
