@@ -57,6 +57,15 @@ class FGramResiduals(nn.Module):
             torch.zeros(0, dtype=torch.uint8),
         )
 
+    def check(self, vocab_size: int, dim: int) -> None:
+        """Raises ValueError if the arrays do not belong together, or to a model of this shape."""
+        num_residuals = len(self.tokens) or vocab_size
+        if self.values.shape != (num_residuals, dim) or self.lengths.shape != (len(self.tokens),):
+            raise ValueError(
+                f"residuals have values {tuple(self.values.shape)} and lengths {tuple(self.lengths.shape)},"
+                f" wanted ({num_residuals}, {dim}) and ({len(self.tokens)},)"
+            )
+
     def find(self, tokens: NDArray[np.int32], lengths: NDArray[np.uint8]) -> NDArray[np.int64]:
         """(m,) int64, which residual is that of each f-gram (as in FGramSet), -1 for none."""
         if not len(self.tokens):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,18 +253,35 @@ def test_a_folder_keeps_them_and_a_table_has_them(
     torch.testing.assert_close(served, computed, atol=1e-6, rtol=1e-6)
 
 
-def test_a_file_with_part_of_them_is_refused(
-    checkpoint: Checkpoint, fgrams: FGramSet, main_path: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lengths", lambda _: None, "lengths"),
+        ("lengths", lambda lengths: lengths[:-1].clone(), r"lengths \(1199,\), wanted .* and \(1200,\)"),
+        ("values", lambda values: values[:, 1:].clone(), "residuals have values"),
+        ("tokens", lambda tokens: tokens[:7].clone(), "residuals have values"),
+    ],
+)
+def test_a_file_whose_residuals_do_not_fit_is_refused(
+    checkpoint: Checkpoint,
+    fgrams: FGramSet,
+    main_path: Path,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+    message: str,
 ) -> None:
     model = checkpoint.fgram_model(checkpoint.decoder())
     assert model is not None
     model.residuals = drawn(fgrams, checkpoint.config.dim)
     save_scone_folder(tmp_path, model, main_path=main_path, main_hash=checkpoint.model_hash)
     weights = load_file(tmp_path / WEIGHTS)
-    del weights["residuals.lengths"]
+    changed = change(weights.pop(f"residuals.{name}"))
+    if changed is not None:
+        weights[f"residuals.{name}"] = changed
     save_file(weights, tmp_path / WEIGHTS)
     damaged = open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"does not fit its description.*lengths"):
+    with pytest.raises(CheckpointError, match=f"does not fit its description.*{message}"):
         damaged.fgram_model(damaged.decoder())
 
 
