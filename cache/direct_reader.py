@@ -35,7 +35,7 @@ class DirectReader:
     tier = "disk"
     name = "direct"
 
-    def __init__(self, files: TableFiles, depth: int = 64) -> None:
+    def __init__(self, files: TableFiles, depth: int) -> None:
         self._files = files
         self._codec = files.manifest.row_codec
         self._fd = _open_direct(files)

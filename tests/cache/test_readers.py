@@ -187,7 +187,7 @@ def test_faults_of_the_disk_are_typed_errors_and_never_wrong_rows(
     tables: dict[tuple[str, str], Path], fault: str, message: str | None
 ) -> None:
     files = open_table_files(tables["mmap", "raw"])
-    reader = DirectReader(files)
+    reader = DirectReader(files, depth=64)
     expected = FGramTable(files, reader).rows([0, 900, 1800, 3])
     reader._reader = FaultySpans(reader._reader, fault)
     with FGramTable(files, reader) as table:
@@ -202,7 +202,7 @@ def test_faults_of_the_disk_are_typed_errors_and_never_wrong_rows(
 
 def test_a_slow_read_holds_up_no_other_thread(tables: dict[tuple[str, str], Path]) -> None:
     files = open_table_files(tables["mmap", "raw"])
-    reader = DirectReader(files)
+    reader = DirectReader(files, depth=64)
     with FGramTable(files, reader) as table:
         expected = table.rows([0, 3])
         quick = reader._reader
