@@ -49,15 +49,15 @@ class SampleRows:
     def inputs(self, rows: Tensor) -> Embed:
         """Embeddings whose matched positions come from `rows` (n, dim), those of `row_ids`."""
 
-        def embed_window(input_ids: NDArray[np.int32]) -> Tensor:
-            row_ids, _ = self._matcher.match(input_ids)
+        def embed_windows(input_ids: NDArray[np.int32]) -> Tensor:
+            row_ids = self._matcher.match_all(input_ids)
             embeddings = self._decoder.embed(torch.from_numpy(input_ids.astype(np.int64))).clone()
-            matched = np.flatnonzero(row_ids >= 0)
+            matched = row_ids >= 0
             places = np.searchsorted(self.row_ids, row_ids[matched])
             embeddings[torch.from_numpy(matched)] = rows[torch.from_numpy(places)].to(embeddings.dtype)
             return embeddings
 
-        return embed_window
+        return embed_windows
 
 
 def measure_codec_cost(

@@ -49,7 +49,7 @@ def measure_divergence(
     for window in tqdm(windows, desc="comparing", unit="window", leave=False):
         targets = torch.from_numpy(window[1:].astype(np.int64))
         hidden = [
-            decoder(embed(window[:-1]).unsqueeze(0), positions, CausalAttention())[0]
+            decoder(embed(window[None, :-1]), positions, CausalAttention())[0]
             for embed in (reference, *others)
         ]
         for start in range(0, seq_len, CHUNK_ROWS):

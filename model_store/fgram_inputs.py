@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from scone.model_store.decoder import Decoder
 from scone.model_store.fgram_model import FGramModel
@@ -30,7 +31,7 @@ class MatchedBatch:
         places: (num_matched,) int64, indices into the flattened batch.
         rows: (num_matched,) int64, which of all `fgrams`, one tensor after the other, ends there.
         residual_ids: (num_residuals,) int64, distinct; what FGramResiduals.gather takes.
-        residual_rows: (num_fgrams,) int64, which of those belongs to each of `fgrams`, counted from 1;
+        residual_rows: (num_fgrams, any) int64, which of those each of `fgrams` takes, counted from 1;
             0 for none. Empty, like `residual_ids`, where the model has no residuals.
     """
 
@@ -96,15 +97,15 @@ class FGramInputs:
             return none, none
         of_fgrams = self._residual_ids[row_ids]
         distinct, inverse = np.unique(of_fgrams[of_fgrams >= 0], return_inverse=True)
-        rows = np.zeros(len(row_ids), np.int64)
+        rows = np.zeros(of_fgrams.shape, np.int64)
         rows[of_fgrams >= 0] = inverse + 1
         return torch.from_numpy(distinct), torch.from_numpy(rows)
 
     def embedding_of(self, decoder: Decoder) -> Callable[[NDArray[np.int32]], Tensor]:
-        """`match` and `embed` of one sequence (seq,) at a time: (seq, dim)."""
+        """`match` and `embed` in one: of (batch, seq), (batch, seq, dim)."""
 
         def embed(input_ids: NDArray[np.int32]) -> Tensor:
-            return self.embed(decoder, self.match(input_ids[None]).to(decoder.device))[0]
+            return self.embed(decoder, self.match(input_ids).to(decoder.device))
 
         return embed
 
@@ -127,7 +128,8 @@ class FGramInputs:
         rows = torch.cat([self._model(part) for part in batch.fgrams])
         if residuals is not None:
             none = residuals.new_zeros(1, residuals.shape[1])
-            rows = rows + torch.cat((none, residuals))[batch.residual_rows]
+            padded = torch.cat((none, residuals))
+            rows = rows + embedding_bag(batch.residual_rows, padded, mode="sum", padding_idx=0)
         flat = embeddings.flatten(0, 1)
         flat = flat.index_copy(0, batch.places, rows[batch.rows].to(embeddings.dtype))
         return flat.view_as(embeddings)

@@ -20,8 +20,10 @@ SEQ_LEN = 192
 """Tokens per window wherever no other length is asked for, so that figures compare."""
 
 Embed = Callable[[NDArray[np.int32]], Tensor]
-"""Embeddings (seq, dim), where the decoder is, of input ids (seq,)."""
+"""Embeddings (num_windows, seq, dim), where the decoder is, of input ids (num_windows, seq).
 
+Windows know nothing of each other.
+"""
 
 _GROUP_WINDOWS = 8
 """Windows that go through the model together."""
@@ -63,8 +65,7 @@ def measure_perplexity(
         group = windows[start : start + _GROUP_WINDOWS]
         targets = torch.from_numpy(group[:, 1:].astype(np.int64)).to(decoder.device).flatten()
         for i, embed in enumerate(embeds):
-            embeddings = torch.stack([embed(window) for window in group[:, :-1]])
-            hidden = decoder(embeddings, positions.expand(len(group), seq_len), CausalAttention())
+            hidden = decoder(embed(group[:, :-1]), positions.expand(len(group), seq_len), CausalAttention())
             losses = token_losses(hidden.flatten(0, 1), decoder.lm_head.weight, targets)
             totals[i] += float(losses.sum(dtype=torch.float64))
     num_tokens = len(windows) * seq_len

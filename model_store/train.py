@@ -224,7 +224,8 @@ class _Run:
             ),
         )
         tqdm.write(f"step {self.step}: held-out loss {loss:.4f} (perplexity {math.exp(loss):.3f})")
-        self.save()
+        if self.step:  # a run that has not begun begins again as cheaply
+            self.save()
         self._resumed = time.monotonic()
 
     def _trained(self) -> dict[str, nn.Module]:
@@ -272,13 +273,10 @@ class _Run:
 
 
 def _new_residuals(config: TrainConfig, decoder: Decoder, fgrams: FGramSet) -> FGramResiduals | None:
-    """Zeros where residuals are to be trained: of each f-gram, or of what the control sees of it."""
+    """Zeros where residuals are to be trained."""
     if not config.residual_learning_rate:
         return None
-    dim, vocab_size = decoder.config.dim, decoder.config.vocab_size
-    if config.last_token_only:
-        return FGramResiduals.of_last_tokens(vocab_size, dim)
-    return FGramResiduals.of_fgrams(fgrams, dim)
+    return FGramResiduals.zeros(fgrams, decoder.config.dim, last_token_only=config.last_token_only)
 
 
 def _compile(decoder: Decoder, model: FGramModel | None) -> None:

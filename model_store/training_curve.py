@@ -25,14 +25,17 @@ class CurvePoint:
 
 
 def append_point(run: Path, point: CurvePoint) -> None:
-    """Adds a line to the run's curve."""
-    path = run / CURVE
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
+    """Adds a line to the run's curve, after those of earlier steps.
+
+    A run that was ended between a line and its state makes that line again.
+    """
+    before = [point_before for point_before in read_curve(run) if point_before.step < point.step]
+    partial = run / (CURVE + ".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(point))
+        writer.writeheader()
+        writer.writerows(map(asdict, (*before, point)))
+    partial.replace(run / CURVE)
 
 
 def read_curve(run: Path) -> list[CurvePoint]:

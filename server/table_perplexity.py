@@ -26,7 +26,11 @@ class TableInputs:
         self._decoder, self._table = decoder, table
         self.positions_by_n = np.zeros(table.max_n + 1, dtype=np.int64)
 
-    def __call__(self, input_ids: NDArray[np.int32]) -> Tensor:
+    def __call__(self, windows: NDArray[np.int32]) -> Tensor:
+        """Of windows (num_windows, seq): (num_windows, seq, dim)."""
+        return torch.stack([self._embed(window) for window in windows])
+
+    def _embed(self, input_ids: NDArray[np.int32]) -> Tensor:
         row_ids, matched_len = self._table.match(input_ids)
         self.positions_by_n += np.bincount(matched_len, minlength=len(self.positions_by_n))
         token_ids = torch.from_numpy(input_ids.astype(np.int64)).to(self._decoder.device)

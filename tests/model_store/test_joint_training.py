@@ -191,7 +191,9 @@ def test_the_command_and_what_it_exports(
     positions = torch.arange(96)
     with torch.no_grad(), FGramTable.open(tmp_path / "table") as table:
         table.check_model(checkpoint.model_hash, checkpoint.tokenizer().hash)
-        served = decoder.logits(decoder(TableInputs(decoder, table)(ids), positions, CausalAttention()))
+        served = decoder.logits(
+            decoder(TableInputs(decoder, table)(ids[None])[0], positions, CausalAttention())
+        )
         matcher = FGramInputs(fgrams, model)
         batch = matcher.match(ids[None])
         inputs, match_rate = matcher.embed(decoder, batch), batch.match_rate

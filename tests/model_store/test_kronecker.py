@@ -220,7 +220,7 @@ def test_scone_on_top(kronecker_path: Path, tmp_path: Path) -> None:
     build_table(checkpoint, fgrams, tmp_path / "table", dtype="float32", progress=False)
     ids = np.array(text[:200], np.int32)
     with torch.no_grad(), FGramTable.open(tmp_path / "table") as table:
-        looked_up = TableInputs(decoder, table)(ids)
+        looked_up = TableInputs(decoder, table)(ids[None])[0]
         matcher = FGramInputs(fgrams, model)
         batch = matcher.match(ids[None])
         computed = matcher.embed(decoder, batch)
