@@ -132,7 +132,7 @@ class SconeFolder:
             model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
             if residuals:
                 model.residuals = FGramResiduals(**residuals)
-                model.residuals.check(decoder.config.vocab_size, decoder.config.dim)
+                model.residuals.check(decoder.config.dim)
         except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit its description: {error}") from None
         return model.requires_grad_(False).eval().to(decoder.device)

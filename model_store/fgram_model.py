@@ -125,8 +125,9 @@ class FGramModel(nn.Module):
                 rows[selected] = self(block.to(device))[: len(selected)].cpu()
         if self.residuals is not None:
             ids = self.residuals.find(token_ids.numpy().astype(np.int32), lengths.numpy().astype(np.uint8))
-            found = torch.from_numpy(ids >= 0)
-            rows[found] += self.residuals.gather(torch.from_numpy(ids)[found].to(device)).cpu()
+            for of_suffix in torch.from_numpy(ids).T:
+                found = of_suffix >= 0
+                rows[found] += self.residuals.gather(of_suffix[found].to(device)).cpu()
         return rows
 
     def _by_length(self, lengths: Tensor) -> Iterator[tuple[int, Tensor]]:

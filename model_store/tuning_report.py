@@ -19,7 +19,8 @@ from scone.model_store.study_report import (
 _QUESTIONS = (
     ("fgrams", "base", "F-grams on the frozen model against the model alone"),
     ("fgrams", "control", "The same against the control, which sees no n-gram"),
-    ("fgrams-residuals", "control", "With residuals, against the control"),
+    ("fgrams-residuals", "base", "With residuals, against the model alone"),
+    ("fgrams-residuals", "control", "The same against the control"),
     ("fgrams-residuals", "control-residuals", "The same against a control with residuals of its tokens"),
     ("fgrams-residuals", "fgrams", "With residuals against without"),
     ("fgrams", "fgrams-small-set", "The whole set against the small one"),

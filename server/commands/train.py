@@ -81,7 +81,7 @@ def _hyperparameters() -> tuple[Setting, ...]:
         "main_learning_rate": "peak rate of the main model where it is trained",
         "learning_rate": "peak rate of the f-gram model's blocks",
         "output_learning_rate": "peak rate of its output projection, which starts at zero",
-        "residual_learning_rate": "of a residual for each f-gram beside the f-gram model; 0 for none",
+        "residual_learning_rate": "of residuals of f-grams beside the f-gram model; 0 for none",
         "schedule": "how rates fall to zero after the warm-up",
         "warmup_steps": "steps of linear warm-up",
         "weight_decay": "AdamW's weight decay, of matrices",
