@@ -7,7 +7,8 @@ and hash by reference. `scone.json`:
     {"format": 1, "main": {"path": "main", "hash": "<sha256>"},
      "fgram_model": {"num_layers": 2, "max_n": 4, "last_token_only": false}}
 
-An f-gram model with residuals (fgram_residuals.py) has them in the same file, in tensors of their own.
+An f-gram model with residuals (fgram_residuals.py) has them in the same file (residual_tensors.py); where
+they are coded, `scone.json` has `"residuals": {"codec": "int4"}` too.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from scone.model_store.gguf_file import GGUFFile
 from scone.model_store.hf_folder import HFFolder
 from scone.model_store.kronecker import KroneckerEmbedding, bytes_of_tokens, log_audit
 from scone.model_store.model_config import ModelConfig
+from scone.model_store.residual_tensors import residual_tensors, take_residuals
 from scone.model_store.tokenizer import Tokenizer
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "scone.json", "fgram_model.safetensors"
-_RESIDUALS = "residuals."
 
 
 class MainModel(Protocol):
@@ -53,8 +54,11 @@ class MainModel(Protocol):
 class Checkpoint:
     """A main model, and the f-gram model beside it if the checkpoint has one."""
 
-    def __init__(self, path: Path, main: MainModel, folder: SconeFolder | None = None) -> None:
+    def __init__(
+        self, path: Path, main: MainModel, main_path: Path, folder: SconeFolder | None = None
+    ) -> None:
         self.path = path
+        self.main_path = main_path
         self._main = main
         self._folder = folder
         self.config = main.config
@@ -85,6 +89,24 @@ class Checkpoint:
         """The f-gram model over `decoder`'s token embedding, or None if the checkpoint has none."""
         return None if self._folder is None else self._folder.fgram_model(decoder)
 
+    def save_with_residuals(self, path: Path, residuals: FGramResiduals, codec: str) -> None:
+        """Writes a SCONE folder with the same f-gram model and main model, by reference, and these residuals.
+
+        Raises:
+            CheckpointError: there is no f-gram model, or its file is damaged.
+            ValueError: the codec does not fit the model's width.
+        """
+        if self._folder is None:
+            raise CheckpointError(f"{self.path} has no f-gram model")
+        weights = self._folder.weights()
+        take_residuals(weights, self._folder.residual_codec, self.config.dim)
+        weights |= residual_tensors(residuals, codec)
+        description = self._folder.description | {
+            "main": {"path": os.path.relpath(self.main_path, path), "hash": self.model_hash},
+            "residuals": {"codec": codec},
+        }
+        _write_folder(path, weights, description)
+
 
 class SconeFolder:
     """The folder of a main model (by value or by reference) and its f-gram model."""
@@ -96,7 +118,8 @@ class SconeFolder:
             self._main_path = str(self.description["main"]["path"])
             self._main_hash = str(self.description["main"]["hash"])
             self._shape = dict(self.description["fgram_model"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.residual_codec = self.description.get("residuals", {}).get("codec")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path / DESCRIPTION} is not a SCONE checkpoint: {error!r}") from None
         if self.description.get("format") != FORMAT:
             raise CheckpointError(
@@ -119,21 +142,22 @@ class SconeFolder:
         with (self.path / WEIGHTS).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the f-gram model's file, by name; raises CheckpointError."""
+        try:
+            return load_file(self.path / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / WEIGHTS} cannot be read: {error}") from None
+
     def fgram_model(self, decoder: Decoder) -> FGramModel:
         """The f-gram model in float32, ready to embed, where the decoder is."""
         try:
-            state = load_file(self.path / WEIGHTS)
-            residuals = {
-                name.removeprefix(_RESIDUALS): state.pop(name)
-                for name in tuple(state)
-                if name.startswith(_RESIDUALS)
-            }
+            weights = self.weights()
+            residuals = take_residuals(weights, self.residual_codec, decoder.config.dim)
             model = FGramModel(decoder, **self._shape)
-            model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-            if residuals:
-                model.residuals = FGramResiduals(**residuals)
-                model.residuals.check(decoder.config.dim)
-        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+            model.residuals = residuals
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path / WEIGHTS} does not fit its description: {error}") from None
         return model.requires_grad_(False).eval().to(decoder.device)
 
@@ -147,7 +171,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; wanted a GGUF file or a model folder (setting: model)")
     if not (path / DESCRIPTION).exists():
-        return Checkpoint(path, _open_main(path))
+        return Checkpoint(path, _open_main(path), path)
     folder = SconeFolder(path)
     override = os.environ.get("SCONE_MAIN_MODEL")
     main_path = folder.main_path(Path(override) if override else None)
@@ -156,7 +180,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} refers to the main model {main_path}, which does not exist; "
             "fetch it, or set SCONE_MAIN_MODEL to where it is"
         )
-    checkpoint = Checkpoint(path, _open_main(main_path), folder)
+    checkpoint = Checkpoint(path, _open_main(main_path), main_path, folder)
     folder.check_main(checkpoint.model_hash, main_path)
     return checkpoint
 
@@ -173,14 +197,10 @@ def save_scone_folder(
     path: Path, model: FGramModel, *, main_path: Path, main_hash: str, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Writes a SCONE folder that refers to the main model by path relative to the folder."""
-    path.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    partial = path / (WEIGHTS + ".partial")
-    save_file(weights, partial)
-    partial.replace(path / WEIGHTS)
     description = {
         "format": FORMAT,
         "main": {"path": os.path.relpath(main_path, path), "hash": main_hash},
@@ -190,6 +210,14 @@ def save_scone_folder(
             "last_token_only": model.last_token_only,
         },
     }
+    _write_folder(path, weights, description)
+
+
+def _write_folder(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / (WEIGHTS + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    partial.replace(path / WEIGHTS)
     partial = path / (DESCRIPTION + ".partial")
     partial.write_text(json.dumps(description, indent=2) + "\n")
     partial.replace(path / DESCRIPTION)

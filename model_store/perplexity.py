@@ -41,6 +41,14 @@ class Perplexity:
         return math.exp(self.loss)
 
 
+def describe_change(was: Perplexity, is_now: Perplexity) -> str:
+    """One line."""
+    return (
+        f"perplexity {was.value:.3f} before, {is_now.value:.3f} after"
+        f" ({is_now.value - was.value:+.4f}) over {was.num_tokens:,} tokens"
+    )
+
+
 def token_embeddings(decoder: Decoder) -> Embed:
     """The decoder's own token embeddings: no table."""
 

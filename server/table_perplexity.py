@@ -14,7 +14,7 @@ from scone.cache import FGramTable
 from scone.model_store.checkpoint import Checkpoint
 from scone.model_store.corpus import read_documents
 from scone.model_store.decoder import Decoder
-from scone.model_store.perplexity import SEQ_LEN, measure_perplexity
+from scone.model_store.perplexity import SEQ_LEN, describe_change, measure_perplexity
 from scone.model_store.token_stream import TokenStream
 from scone.model_store.tokenize_corpus import tokenize
 
@@ -46,7 +46,7 @@ def open_table_of(checkpoint: Checkpoint, path: str | Path) -> FGramTable:
     return table
 
 
-def describe_change(
+def describe_table_change(
     checkpoint: Checkpoint, before: Path, after: Path, corpus: Sequence[str], max_tokens: int
 ) -> str:
     """One line: held-out perplexity with the table `before` and with the table `after`."""
@@ -55,7 +55,4 @@ def describe_change(
     with open_table_of(checkpoint, before) as old, open_table_of(checkpoint, after) as new:
         embeds = [TableInputs(decoder, old), TableInputs(decoder, new)]
         was, is_now = measure_perplexity(decoder, stream, embeds, SEQ_LEN, max_tokens)
-    return (
-        f"perplexity {was.value:.3f} before, {is_now.value:.3f} after"
-        f" ({is_now.value - was.value:+.4f}) over {was.num_tokens:,} tokens"
-    )
+    return describe_change(was, is_now)

@@ -8,7 +8,7 @@ from scone.model_store.change_table import SourceTable, append_fgrams
 from scone.model_store.checkpoint import open_checkpoint
 from scone.model_store.fgram_set import FGramSet
 from scone.server.settings import Command, Resolved, Setting
-from scone.server.table_perplexity import describe_change
+from scone.server.table_perplexity import describe_table_change
 
 
 def run(settings: Resolved) -> int:
@@ -19,7 +19,9 @@ def run(settings: Resolved) -> int:
     print(f"wrote {settings.out} with {num_new:,} new f-grams")
     if settings.heldout:
         print(
-            describe_change(checkpoint, settings.table, settings.out, settings.heldout, settings.max_tokens)
+            describe_table_change(
+                checkpoint, settings.table, settings.out, settings.heldout, settings.max_tokens
+            )
         )
     return 0
 

@@ -14,7 +14,7 @@ from scone.model_store.corpus import read_documents
 from scone.model_store.fgram_selection import keep_most_used
 from scone.server.errors import SettingError
 from scone.server.settings import Command, Resolved, Setting, parse_bytes
-from scone.server.table_perplexity import describe_change
+from scone.server.table_perplexity import describe_table_change
 
 
 def run(settings: Resolved) -> int:
@@ -31,7 +31,9 @@ def run(settings: Resolved) -> int:
     if settings.heldout:
         checkpoint = open_checkpoint(settings.model)
         print(
-            describe_change(checkpoint, settings.table, settings.out, settings.heldout, settings.max_tokens)
+            describe_table_change(
+                checkpoint, settings.table, settings.out, settings.heldout, settings.max_tokens
+            )
         )
     return 0
 
