@@ -80,12 +80,13 @@ class FGramModel(nn.Module):
         max_n: int,
         *,
         last_token_only: bool = False,
+        random_start: bool = False,
         residuals: FGramResiduals | None = None,
     ) -> FGramModel:
-        """An f-gram model that starts from the decoder's first layers and is the identity."""
+        """An f-gram model that is the identity; its blocks start as the decoder's first, or at random."""
         model = cls(decoder, num_layers, max_n, last_token_only=last_token_only, residuals=residuals)
-        draw_weights(model.layers, num_layers)  # of those beyond the decoder's
-        for own, theirs in zip(model.layers, decoder.layers, strict=False):
+        draw_weights(model.layers, num_layers)  # kept by those beyond the decoder's
+        for own, theirs in zip(model.layers, () if random_start else decoder.layers, strict=False):
             own.load_state_dict(copy.deepcopy(theirs.state_dict()))
         return model.float().requires_grad_(True)
 

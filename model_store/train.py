@@ -62,7 +62,7 @@ def train(
     resumes, also towards another number of steps.
 
     Raises:
-        CheckpointError: `out` holds another run.
+        CheckpointError: `out` holds another run, or more layers are to be trained than there are.
         ValueError: nothing is to be trained.
     """
     if fgrams is None and not config.changes_main:
@@ -106,6 +106,7 @@ class _Run:
     def __init__(self, config: TrainConfig, decoder: Decoder, fgrams: FGramSet | None, out: Path) -> None:
         self.config, self.decoder, self.out, self.device = config, decoder, out, decoder.device
         decoder.requires_grad_(not config.freeze_main).train(not config.freeze_main)
+        self.first_layers = _first_layers(decoder, config.main_layers)
         self.model: FGramModel | None = None
         self.inputs: FGramInputs | None = None
         self.adaptations: nn.ModuleList | None = None
@@ -117,6 +118,7 @@ class _Run:
                     config.num_layers,
                     fgrams.max_n,
                     last_token_only=config.last_token_only,
+                    random_start=config.random_start,
                     residuals=_new_residuals(config, decoder, fgrams),
                 ).to(self.device)
                 self.inputs = FGramInputs(fgrams, self.model)
@@ -233,6 +235,7 @@ class _Run:
             "model": self.model,
             "lora": self.adaptations,
             "main": None if self.config.freeze_main else self.decoder,
+            "first_layers": self.first_layers,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -270,6 +273,15 @@ class _Run:
         if self.row_optimizer is not None:
             self.row_optimizer.load_state_dict(state["row_optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _first_layers(decoder: Decoder, num_layers: int) -> nn.ModuleList | None:
+    """Layers of a frozen decoder that are trained all the same; None for none."""
+    if num_layers > len(decoder.layers):
+        raise CheckpointError(
+            f"main_layers is {num_layers}, wanted at most the model's {len(decoder.layers)}"
+        )
+    return nn.ModuleList(decoder.layers[:num_layers]).requires_grad_(True) if num_layers else None
 
 
 def _new_residuals(config: TrainConfig, decoder: Decoder, fgrams: FGramSet) -> FGramResiduals | None:

@@ -26,9 +26,20 @@ _QUESTIONS = (
     ("fgrams", "fgrams-small-set", "The whole set against the small one"),
     ("fgrams-deep", "fgrams", "A deeper f-gram model against the other"),
     ("fgrams", "fgrams-thin", "The f-gram model against a thinner one"),
+    ("fgrams", "fgrams-random-start", "Started from the main model's first layers, against new weights"),
     ("fgrams", "lora", "F-grams against low-rank adaptations"),
     ("main-fgrams", "main-control", "With the main model trained too: f-grams against the control"),
     ("main-fgrams", "main", "With the main model trained too: f-grams against none"),
+    (
+        "main-fgrams-residuals",
+        "main-control",
+        "With residuals, and the main model trained too, against the control",
+    ),
+    (
+        "first-layers-fgrams",
+        "first-layers-control",
+        "With its first layers trained too: f-grams against the control",
+    ),
 )
 
 
@@ -54,6 +65,11 @@ def _residual_rate(result: ArmResult) -> str:
     return f"{rate:g}" if rate else ""
 
 
+def _first_layers(runs: list[LoggedRun]) -> str:
+    num_layers = max(int(run.facts["train"].get("main_layers", 0)) for run in runs)
+    return f", `first-layers` rows its first {num_layers} layers" if num_layers else ""
+
+
 def _opening(runs: list[LoggedRun], command: str) -> list[str]:
     facts = max((run.facts for run in runs), key=lambda facts: int(facts["train"]["steps"]))
     train = facts["train"]
@@ -70,7 +86,7 @@ def _opening(runs: list[LoggedRun], command: str) -> list[str]:
         f" {facts['corpus_tokens']:,} (windows of {train['seq_len']}, matrix products in"
         f" {train['precision']}, {machines}, {facts['date']}). The loss is over all that is held out,"
         " in float32 and windows of the same size. `fgrams` and `control` leave the main model as it is;"
-        " `lora` adapts all its linear maps; `main` rows train all of it. ± is the standard deviation over"
-        " seeds.",
+        f" `lora` adapts all its linear maps; `main` rows train all of it{_first_layers(runs)}. ± is the"
+        " standard deviation over seeds.",
         "",
     ]

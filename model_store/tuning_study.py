@@ -2,8 +2,8 @@
 
 At equal training tokens: an f-gram model on the frozen main model, by set size and depth, and with residuals
 beside it; the control whose f-gram model sees only the last token of each f-gram, which is a tuned token
-embedding; low-rank adaptations;
-and the main model trained as a whole, alone, with f-grams and with the control.
+embedding; low-rank adaptations; and the main model's first layers, or all of it, trained too, with f-grams
+and with the control.
 Source: SCONE, arXiv 2502.01637; LoRA, arXiv 2106.09685. The runs are study_runs.py's.
 """
 
@@ -35,8 +35,9 @@ class TuningConfig:
     Attributes:
         small_set: f-grams of the small set; the large one is the whole set.
         thin_layers, num_layers, deep_layers: of the f-gram model, and of a thinner and a deeper one.
+        main_layers: first layers of the main model, where only those are trained.
         learning_rate: peak rate of the f-gram model; its output projection takes twice as much.
-        main_learning_rate: of the main model where it is trained as a whole.
+        main_learning_rate: of the main model where it, or some of it, is trained.
         residual_learning_rate: of residuals beside the f-gram model.
         lora_learning_rate: of low-rank adaptations.
         num_seeds: of the rows that the claim rests on; the others are trained once.
@@ -46,6 +47,7 @@ class TuningConfig:
     thin_layers: int = 2
     num_layers: int = 4
     deep_layers: int = 8
+    main_layers: int = 4
     lora_rank: int = 16
     num_tokens: int = 6_000_000
     batch_size: int = 32
@@ -66,6 +68,8 @@ class TuningArm:
     Attributes:
         fgram_layers: 0 without an f-gram model.
         has_small_set: not the whole set.
+        has_random_start: the f-gram model starts with new weights, not with the main model's first layers.
+        main_layers: so many first layers of the main model are trained too.
         has_residuals: each f-gram, or each last token in the control, has a residual beside the f-gram model.
         is_main: trained with every seed.
     """
@@ -73,9 +77,11 @@ class TuningArm:
     name: str
     fgram_layers: int = 0
     has_small_set: bool = False
+    has_random_start: bool = False
     has_residuals: bool = False
     last_token_only: bool = False
     lora_rank: int = 0
+    main_layers: int = 0
     trains_main: bool = False
     is_main: bool = False
 
@@ -98,9 +104,18 @@ def arms_of(config: TuningConfig) -> list[TuningArm]:
         TuningArm(name="base"),
         TuningArm(name="main-fgrams", fgram_layers=layers, trains_main=True),
         TuningArm(name="main-control", fgram_layers=layers, last_token_only=True, trains_main=True),
+        TuningArm(name="main-fgrams-residuals", fgram_layers=layers, has_residuals=True, trains_main=True),
+        TuningArm(name="first-layers-fgrams", fgram_layers=layers, main_layers=config.main_layers),
+        TuningArm(
+            name="first-layers-control",
+            fgram_layers=layers,
+            last_token_only=True,
+            main_layers=config.main_layers,
+        ),
         TuningArm(name="fgrams-small-set", fgram_layers=layers, has_small_set=True),
         TuningArm(name="fgrams-deep", fgram_layers=config.deep_layers),
         TuningArm(name="fgrams-thin", fgram_layers=config.thin_layers),
+        TuningArm(name="fgrams-random-start", fgram_layers=layers, has_random_start=True),
         TuningArm(name="main", trains_main=True),
     ]
 
@@ -172,6 +187,7 @@ class TuningStudy:
         steps = 0 if is_base else max(1, config.num_tokens // (config.batch_size * config.seq_len))
         return TrainConfig(
             freeze_main=not (arm.trains_main or is_base),
+            main_layers=arm.main_layers,
             steps=steps,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
@@ -185,6 +201,7 @@ class TuningStudy:
             seed=seed,
             save_every=max(1, steps // _EVALUATIONS),
             heldout_tokens=config.heldout_tokens,
+            random_start=arm.has_random_start,
             last_token_only=arm.last_token_only,
             lora_rank=arm.lora_rank,
             precision=config.precision,

@@ -31,7 +31,10 @@ KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": pa
 
 
 def run(settings: Resolved) -> int:
-    config = TrainConfig(**{f.name: settings.values[f.name] for f in fields(TrainConfig)})
+    try:
+        config = TrainConfig(**{f.name: settings.values[f.name] for f in fields(TrainConfig)})
+    except ValueError as error:
+        raise SettingError(str(error)) from None
     decoder, tokenizer, model_hash = _main_model(settings)
     decoder = placed(decoder, model_device(settings.device))
     fgrams = None if settings.fgrams is None else FGramSet.load(Path(settings.fgrams))
@@ -60,8 +63,10 @@ def _main_model(settings: Resolved) -> tuple[Decoder, Tokenizer, str]:
     """The main model to start from, its tokenizer, and its hash ("" for a new one)."""
     if (settings.model is None) == (settings.config_json is None):
         raise SettingError("give either --model, to start from, or --config-json, of a new model")
-    if settings.freeze_main and (settings.model is None or settings.fgrams is None):
-        raise SettingError("freeze_main needs a --model to freeze and --fgrams to train on")
+    if settings.freeze_main and settings.model is None:
+        raise SettingError("freeze_main needs a --model to freeze")
+    if settings.freeze_main and not (settings.fgrams or settings.lora_rank or settings.main_layers):
+        raise SettingError("freeze_main leaves nothing to train: give --fgrams, --lora-rank or --main-layers")
     if settings.model is not None:
         checkpoint = open_checkpoint(settings.model)
         return checkpoint.decoder(), checkpoint.tokenizer(), checkpoint.model_hash
@@ -75,6 +80,7 @@ def _hyperparameters() -> tuple[Setting, ...]:
     """Every field of TrainConfig as a setting."""
     helps = {
         "freeze_main": "keep the main model as it is; else it is trained together with the f-gram model",
+        "main_layers": "so many first layers of a frozen main model are trained all the same",
         "steps": "optimiser steps",
         "batch_size": "sequences per step",
         "seq_len": "tokens per sequence",
@@ -86,10 +92,11 @@ def _hyperparameters() -> tuple[Setting, ...]:
         "warmup_steps": "steps of linear warm-up",
         "weight_decay": "AdamW's weight decay, of matrices",
         "max_gradient_norm": "gradients are clipped to this norm",
-        "num_layers": "layers of the f-gram model, started from the main model's first ones",
+        "num_layers": "layers of the f-gram model",
         "seed": "decides a new model's weights, and which windows are drawn",
         "save_every": "steps between held-out evaluations and saved states",
         "heldout_tokens": "held-out tokens per evaluation",
+        "random_start": "start the f-gram model's layers with new weights, not the main model's first ones",
         "last_token_only": "train the control whose f-gram model sees only the last token",
         "lora_rank": "tune a frozen main model by low-rank adaptations of this rank, merged at the end",
         "precision": "of matrix products while training; everything else is float32",

@@ -41,6 +41,19 @@ def test_untrained_is_exactly_the_last_token(tiny_decoder: Decoder) -> None:
     assert torch.equal(rows, tiny_decoder.embed(last))
 
 
+def test_blocks_start_from_the_main_models_first_ones_or_at_random(tiny_decoder: Decoder) -> None:
+    first = tiny_decoder.layers[0].state_dict()
+    started = FGramModel.from_decoder(tiny_decoder, num_layers=1, max_n=4).layers[0].state_dict()
+    assert all(torch.equal(started[name], value.float()) for name, value in first.items())
+    drawn = FGramModel.from_decoder(tiny_decoder, num_layers=1, max_n=4, random_start=True)
+    matrices = [name for name, value in first.items() if value.dim() > 1]
+    assert matrices
+    assert not any(torch.equal(drawn.layers[0].state_dict()[name], first[name].float()) for name in matrices)
+    tokens, lengths = random_fgrams(20)
+    last = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    assert torch.equal(drawn.embed(tokens, lengths), tiny_decoder.embed(last))
+
+
 @pytest.mark.parametrize(("n", "num_heads", "num_kv_heads"), [(1, 4, 4), (2, 4, 2), (5, 6, 2)])
 def test_short_attention_is_causal_attention(n: int, num_heads: int, num_kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(n)

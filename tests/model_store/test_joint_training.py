@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scone.cache import FGramTable
-from scone.model_store.checkpoint import open_checkpoint
+from scone.model_store.checkpoint import Checkpoint, open_checkpoint
 from scone.model_store.count import count_fgrams
 from scone.model_store.curve_picture import draw_curves
 from scone.model_store.decoder import CausalAttention, Decoder
@@ -221,7 +221,14 @@ def test_a_main_model_alone_and_wrong_settings(
         ([*text], 2, "give either --model"),
         ([*new, *text, "--model", str(main_path)], 2, "give either --model"),
         ([*new[:2], *text], 2, "tokenizer is missing"),
-        (["--model", str(main_path), *text, "--freeze-main", "true"], 2, "freeze_main needs"),
+        ([*new, *text, "--freeze-main"], 2, "freeze_main needs a --model"),
+        (["--model", str(main_path), *text, "--freeze-main"], 2, "freeze_main leaves nothing to train"),
+        (
+            ["--model", str(main_path), *text, "--lora-rank", "4"],
+            2,
+            "lora_rank is 4 and freeze_main is false",
+        ),
+        (["--model", str(main_path), *text, "--freeze-main", "--main-layers", "99"], 1, "main_layers is 99"),
         ([*new, *text, "--schedule", "sudden"], 2, "schedule is 'sudden'"),
     ):
         assert main(["train", *wrong]) == code
@@ -278,3 +285,49 @@ def test_nothing_to_train_is_refused(tiny_decoder: Decoder, tmp_path: Path) -> N
     text = TokenStream(np.zeros(99, np.int32))
     with pytest.raises(ValueError, match="nothing is left to be trained"):
         train(replace(CONFIG, freeze_main=True), tiny_decoder, None, text, text, tmp_path)
+
+
+@pytest.mark.parametrize("with_fgrams", [False, True])
+def test_the_first_layers_alone_are_trained(
+    checkpoint: Checkpoint,
+    fgrams: FGramSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    with_fgrams: bool,
+) -> None:
+    ids = np.array(checkpoint.tokenizer().encode(Path(json.decoder.__file__).read_text()), np.int32)
+    config = replace(CONFIG, freeze_main=True, main_layers=1, steps=4, save_every=2)
+    before, decoder = checkpoint.decoder(), checkpoint.decoder()
+    text = TokenStream(ids)
+    with pytest.raises(CheckpointError, match="main_layers is 99, wanted at most the model's 3"):
+        train(replace(config, main_layers=99), decoder, None, text, text, tmp_path / "none")
+    model = train(config, decoder, fgrams if with_fgrams else None, text, text, tmp_path / "run")
+    assert (model is not None) == with_fgrams
+    changed = {
+        name
+        for name, value in decoder.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed == {name for name in before.state_dict() if name.startswith("layers.0.")}
+    sample = TokenStream.sample_windows
+
+    def killed(self: TokenStream, batch_size: int, seq_len: int, seed: tuple[int, int]) -> Any:
+        if seed[1] == 3:
+            raise KeyboardInterrupt
+        return sample(self, batch_size, seq_len, seed)
+
+    resumed = checkpoint.decoder()
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStream, "sample_windows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, resumed, fgrams if with_fgrams else None, text, text, tmp_path / "parts")
+    resumed = checkpoint.decoder()
+    train(config, resumed, fgrams if with_fgrams else None, text, text, tmp_path / "parts")
+    assert all(torch.equal(resumed.state_dict()[n], value) for n, value in decoder.state_dict().items())
+
+
+def test_first_layers_are_of_a_frozen_model_without_adaptations() -> None:
+    for changed in ({"freeze_main": False}, {"lora_rank": 2}):
+        with pytest.raises(ValueError, match="main_layers is 1, which is for a frozen model"):
+            TrainConfig(**{"main_layers": 1, "freeze_main": True} | changed)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from scone.model_store.tuning_study import ROWS, TuningConfig, TuningStudy, arms
 from scone.server.cli import main
 
 SMALL = {
-    "small_set": 20, "thin_layers": 1, "num_layers": 2, "deep_layers": 3, "lora_rank": 2, "num_tokens": 256,
+    "small_set": 20, "thin_layers": 1, "num_layers": 2, "deep_layers": 3, "main_layers": 1, "lora_rank": 2,
+    "num_tokens": 256,
     "batch_size": 2, "seq_len": 32, "heldout_tokens": 64, "learning_rate": 0.01,
 }  # fmt: skip
 
