@@ -20,6 +20,10 @@ from scone.server.settings import Command, Resolved, Setting, parse_bytes
 
 
 def run(settings: Resolved) -> int:
+    if settings.out.resolve() == settings.model.resolve():
+        raise SettingError(
+            f"out is {settings.out}, the model's own folder: give another, residuals are dropped"
+        )
     checkpoint = open_checkpoint(settings.model)
     decoder = placed(checkpoint.decoder(), model_device(settings.device))
     model = checkpoint.fgram_model(decoder)
@@ -31,11 +35,14 @@ def run(settings: Resolved) -> int:
         codec = RowCodec(settings.codec, "float32", checkpoint.config.dim)
     except ValueError as error:
         raise SettingError(str(error)) from None
-    num_before = len(model.residuals.lengths)
-    model.residuals = keep_most_missed(
-        model.residuals, fgrams, settings.max_residual_bytes // codec.row_bytes
-    )
+    num_before, limit = len(model.residuals.lengths), settings.max_residual_bytes // codec.row_bytes
+    model.residuals = keep_most_missed(model.residuals, fgrams, limit)
     num_kept = len(model.residuals.lengths)
+    if not num_kept:
+        raise SettingError(
+            f"no residual would be left: max_residual_bytes is {settings.max_residual_bytes}, wanted at least"
+            f" {codec.row_bytes}, and a set that has f-grams of the model's"
+        )
     checkpoint.save_with_residuals(settings.out, model.residuals, settings.codec)
     print(
         f"wrote {settings.out} with {num_kept:,} of {num_before:,} residuals"

@@ -144,6 +144,20 @@ def test_a_model_without_residuals_is_refused(
     assert not (tmp_path / "small").exists()
 
 
+def test_a_copy_with_nothing_in_it_or_in_the_models_place_is_refused(
+    saved: Path, fgrams: FGramSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fgrams.save(tmp_path / "set.fgrams")
+    before = (saved / WEIGHTS).read_bytes()
+    words = ["shrink", str(saved), "--fgrams", str(tmp_path / "set.fgrams"), "--out"]
+    assert main([*words, str(tmp_path / "small"), "--max-residual-bytes", "10"]) == 2
+    assert "no residual would be left: max_residual_bytes is 10, wanted at least" in capsys.readouterr().err
+    assert main([*words, str(saved), "--max-residual-bytes", "1M"]) == 2
+    assert "the model's own folder" in capsys.readouterr().err
+    assert (saved / WEIGHTS).read_bytes() == before
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.parametrize(
     ("codec", "message"),
     [("int8", "wanted rows of .* bytes for codec int8"), ("int3", "codec is 'int3'"), (None, "wanted")],
