@@ -117,14 +117,7 @@ class PacedModel:
         self._decode_seconds, self._prefill_speed = decode_seconds, prefill_tokens_per_second
         self._embeddings = torch.zeros(config.max_num_batched_tokens, dim, dtype=self.dtype)
         self._next_tokens = torch.zeros(config.max_num_batched_tokens, 1)
-        self._inputs = StepInputs(
-            device,
-            max_num_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_num_blocks=-(-config.max_model_len // config.block_size),
-            block_size=config.block_size,
-            queries_per_tile=QUERIES_PER_TILE,
-        )
+        self._inputs = StepInputs(device, config, queries_per_tile=QUERIES_PER_TILE)
 
     def embed(self, chunks: Sequence[Chunk]) -> Tensor:
         self._inputs.put(chunks)

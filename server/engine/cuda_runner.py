@@ -44,14 +44,7 @@ class CudaRunner(ModelRunner):
         assert isinstance(self._forward, TritonForward)
         self._triton = self._forward
         tile = queries_per_tile(decoder.config.num_heads, decoder.config.num_kv_heads)
-        self._inputs = StepInputs(
-            device,
-            max_num_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_num_blocks=-(-config.max_model_len // config.block_size),
-            block_size=config.block_size,
-            queries_per_tile=tile,
-        )
+        self._inputs = StepInputs(device, config, queries_per_tile=tile)
         shape = (config.max_num_batched_tokens, self.dim)
         self._embeddings = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._prepared: _Prepared | None = None

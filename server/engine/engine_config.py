@@ -57,6 +57,11 @@ class EngineConfig:
     recycled_blocks: RecycledBlocks = "auto"
     num_threads: int = 0
 
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """KV blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)
+
     def __post_init__(self) -> None:
         for name in (
             "max_model_len",

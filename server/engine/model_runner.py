@@ -146,7 +146,7 @@ class ModelRunner:
             config.kv_cache_dtype, self.backend, self.dtype, rounds_inputs=rounds_inputs
         )
         block_bytes = shape.kv_values_per_token * self.kv_dtype.itemsize * config.block_size
-        most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+        most = config.max_num_seqs * config.max_blocks_per_seq
         self.num_blocks = min(config.kv_cache_bytes // block_bytes, most)
         cache_shape = (
             2,  # keys, values

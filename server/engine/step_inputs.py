@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scone.cache.device import Device, Event, Stream
 from scone.kernels.paged_attention import PagedBatch
+from scone.server.engine.engine_config import EngineConfig
 from scone.server.engine.scheduler import Chunk
 from scone.server.engine.step_graphs import StepShape
 
@@ -66,22 +67,14 @@ class _Buffer:
 class StepInputs:
     """Room for the inputs of steps, on both sides."""
 
-    def __init__(
-        self,
-        device: Device,
-        *,
-        max_num_tokens: int,
-        max_num_seqs: int,
-        max_num_blocks: int,
-        block_size: int,
-        queries_per_tile: int,
-    ) -> None:
-        """For steps of so many tokens of so many sequences, each of at most `max_num_blocks` blocks."""
+    def __init__(self, device: Device, config: EngineConfig, *, queries_per_tile: int) -> None:
+        """For the largest steps that the engine's limits allow."""
         self._device = device
-        self._block_size, self._queries_per_tile = block_size, queries_per_tile
-        self._num_values = 6 * max_num_tokens  # there are at most as many tiles as tokens
-        table_shape = (max_num_seqs, max_num_blocks)
-        size = self._num_values + max_num_seqs * max_num_blocks
+        self._block_size, self._queries_per_tile = config.block_size, queries_per_tile
+        # there are at most as many tiles as tokens
+        self._num_values = 6 * config.max_num_batched_tokens
+        table_shape = (config.max_num_seqs, config.max_blocks_per_seq)
+        size = self._num_values + config.max_num_seqs * config.max_blocks_per_seq
         # One more than is written: where host and device share memory, the target is none of the sources.
         memory = device.buffer((1 + NUM_BUFFERS, size), torch.int32)
         self._buffers = [_Buffer(h, self._num_values, table_shape, device.event()) for h in memory.host[1:]]

@@ -37,14 +37,10 @@ BLOCK_SIZE = 4
 
 
 def make_inputs(device: Device) -> StepInputs:
-    return StepInputs(
-        device,
-        max_num_tokens=40,
-        max_num_seqs=8,
-        max_num_blocks=10,
-        block_size=BLOCK_SIZE,
-        queries_per_tile=3,
+    config = EngineConfig(
+        max_num_batched_tokens=40, max_num_seqs=8, max_model_len=10 * BLOCK_SIZE, block_size=BLOCK_SIZE
     )
+    return StepInputs(device, config, queries_per_tile=3)
 
 
 def chunk(start: int, num_tokens: int, block_ids: list[int], first_token: int = 100) -> Chunk:
