@@ -32,7 +32,8 @@ def benchmark_plan(
 ) -> dict[str, Any]:
     """Predicts, then measures: `ram_bytes` of the rows in memory, the others read past the page cache.
 
-    All of it `repeats` times; the smallest values are compared: those that other work disturbed least.
+    All of it `repeats` times. Each prediction is held against the measurement that follows it, as the machine
+    may be another one a minute later; the deviation is the median of theirs.
 
     The prediction knows the table's shape, its f-gram set and the prompts, but reads nothing of its rows.
 
@@ -79,12 +80,12 @@ def benchmark_plan(
 
 
 def _beside(predicted: list[float], measured: list[float]) -> dict[str, Any]:
-    """The least of each, how far the first is from the second, and all values."""
-    ours, real = min(predicted), min(measured)
+    """Medians of each, the median of how far the first are from the second, and all values."""
+    ratios = [ours / real for ours, real in zip(predicted, measured, strict=True)]
     return {
-        "predicted": round(ours, 3),
-        "measured": round(real, 3),
-        "deviation": round(ours / real - 1, 3),
+        "predicted": round(statistics.median(predicted), 3),
+        "measured": round(statistics.median(measured), 3),
+        "deviation": round(statistics.median(ratios) - 1, 3),
         "all_predicted": [round(value, 3) for value in predicted],
         "all_measured": [round(value, 3) for value in measured],
     }
