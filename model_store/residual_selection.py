@@ -30,9 +30,10 @@ def _count_uses(residuals: FGramResiduals, fgrams: FGramSet) -> NDArray[np.int64
     single token's is used wherever an f-gram of two tokens ends in it: a longer match ends in one, too.
     """
     ids = residuals.find(fgrams.tokens, fgrams.lengths)
-    own = ids[np.arange(len(ids)), fgrams.lengths.astype(np.int64) - 1]
     num_uses = np.zeros(len(residuals.lengths), np.int64)
-    num_uses[own[own >= 0]] = fgrams.counts[own >= 0]
+    for n in range(MIN_N, ids.shape[1] + 1):
+        own = np.flatnonzero((fgrams.lengths == n) & (ids[:, n - 1] >= 0))
+        num_uses[ids[own, n - 1]] = fgrams.counts[own]
     pairs = np.flatnonzero((fgrams.lengths == MIN_N) & (ids[:, 0] >= 0))
     np.add.at(num_uses, ids[pairs, 0], fgrams.counts[pairs])
     return num_uses

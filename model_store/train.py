@@ -259,7 +259,10 @@ class _Run:
         if not path.exists():
             return
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        changed = sorted(k for k, v in asdict(self.config).items() if state["config"].get(k) != v)
+        saved = (
+            asdict(TrainConfig()) | state["config"]
+        )  # a state from before a setting was there has its default
+        changed = sorted(k for k, v in asdict(self.config).items() if saved[k] != v)
         if ("model" in state) != (self.model is not None):
             changed.append("fgrams")
         if changed not in ([], ["steps"]):  # a run may be made longer, or be cooled down sooner

@@ -78,6 +78,27 @@ def test_those_stay_whose_absence_changes_most_rows_most(model: FGramModel, fgra
     assert set(keys_of(everything)) == set(wanted)
 
 
+@pytest.mark.parametrize("max_n", [1, 2])
+def test_residuals_shorter_than_the_sets_fgrams_are_chosen_among_too(
+    checkpoint: Checkpoint, fgrams: FGramSet, max_n: int
+) -> None:
+    """A control's, and those of a set of shorter f-grams."""
+    assert fgrams.max_n > max_n
+    short = fgrams.lengths <= max(max_n, 2)
+    pairs = FGramSet(fgrams.tokens[short, :2], fgrams.lengths[short], fgrams.counts[short], "", 1, 0)
+    residuals = FGramResiduals.zeros(pairs, checkpoint.config.dim, last_token_only=max_n == 1)
+    residuals.values = torch.ones_like(residuals.values)
+    kept = keep_most_missed(residuals, fgrams, 5)
+    assert len(kept.lengths) == 5
+    uses: Counter[tuple[int, ...]] = Counter()
+    for (first, last), count in zip(pairs.tokens.tolist(), pairs.counts.tolist(), strict=True):
+        uses[(last,)] += count
+        uses[(first, last)] = count
+    among = keys_of(residuals)
+    least_kept = min(uses[key] for key in keys_of(kept))
+    assert least_kept == sorted((uses[key] for key in among), reverse=True)[4]
+
+
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
 def test_a_shrunk_folder_has_the_coded_residuals_and_the_rest_as_it_was(
     model: FGramModel, saved: Path, tmp_path: Path, fgrams: FGramSet, codec: str

@@ -20,7 +20,7 @@ from scone.model_store.head_loss import head_loss, token_losses
 from scone.model_store.perplexity import measure_perplexity
 from scone.model_store.token_corpus import TokenCorpus
 from scone.model_store.token_stream import TokenStream
-from scone.model_store.train import train
+from scone.model_store.train import STATE, train
 from scone.model_store.train_config import TrainConfig
 from scone.model_store.training_curve import read_curve
 
@@ -99,6 +99,19 @@ def test_another_run_is_not_overwritten(tiny_decoder: Decoder, fgrams: FGramSet,
     train(replace(CONFIG, steps=1), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
     with pytest.raises(CheckpointError, match="a run with another seed"):
         train(replace(CONFIG, seed=1), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
+    train(replace(CONFIG, steps=2), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
+    assert len(curve(tmp_path)) == 3
+
+
+def test_a_state_from_before_a_setting_was_there_is_resumed_with_its_default(
+    tiny_decoder: Decoder, fgrams: FGramSet, tmp_path: Path
+) -> None:
+    train(replace(CONFIG, steps=1), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    del state["config"]["random_start"]
+    torch.save(state, tmp_path / STATE)
+    with pytest.raises(CheckpointError, match="a run with another random_start"):
+        train(replace(CONFIG, random_start=True), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
     train(replace(CONFIG, steps=2), tiny_decoder, fgrams, stream(0), stream(1), tmp_path)
     assert len(curve(tmp_path)) == 3
 
